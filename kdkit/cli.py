@@ -1,0 +1,177 @@
+"""The command line: reads arguments, calls the library, prints results on stdout and everything else on stderr.
+
+Exit codes: 0 done; 1 the run failed; 2 bad usage or input; 130 / 143 stopped by Ctrl-C / SIGTERM with everything saved.
+"""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+
+import click
+
+from kdkit import __version__
+from kdkit.errors import RunFailed, UserError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="kdkit")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Distil a large language model into a small one on one modest GPU, or on a CPU."""
+
+
+@cli.command()
+@click.option("--output", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
+@click.option("--resume", is_flag=True, help="Continue a demo that was stopped.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON on stdout.")
+def demo(output: Path, resume: bool, as_json: bool) -> None:
+    """Distil the embedded teacher into a small student: no network, no GPU, a few minutes."""
+    from kdkit.demo import run_demo
+    from kdkit.training.flow import StopRequest
+
+    with StopRequest().on_signals() as stop:
+        result = run_demo(output, resume=resume, stop=stop)
+    if as_json:
+        click.echo(json.dumps(result.comparison, indent=1))
+    else:
+        _print_comparison(result.comparison)
+    click.echo(f"report: {result.report}", err=True)
+
+
+@cli.command()
+@click.argument("config")
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field; repeatable.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/CONFIG]")
+@click.option("--resume", is_flag=True, help="Continue the run in --output.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON on stdout.")
+def distill(config: str, overrides: tuple[str, ...], output: Path | None, resume: bool, as_json: bool) -> None:
+    """Run CONFIG: a YAML file, or the name of a preset with teacher, student and rows given by --set."""
+    from kdkit.config import load_config
+
+    settings = load_config(config, overrides)
+    folder = output or Path("runs") / Path(config).stem
+    from kdkit.report import write_run_report
+    from kdkit.training.flow import StopRequest
+    from kdkit.training.run import run_distillation
+
+    with StopRequest().on_signals() as stop:
+        result = run_distillation(settings, folder, resume=resume, stop=stop)
+    if not result.evaluations:  # another process of the same run prints
+        return
+    rows = [{"model": name, **figures} for name, figures in result.evaluations.items()]
+    report = write_run_report(result.folder)
+    if as_json:
+        click.echo(json.dumps({"model": str(result.model), "evaluations": result.evaluations}, indent=1))
+    else:
+        _print_comparison(rows)
+    click.echo(f"student: {result.model}\nreport: {report}", err=True)
+
+
+@cli.command()
+@click.argument("model", required=False)
+@click.option("--data", help="Rows with reference answers: a file, a folder or a hub name.")
+@click.option("--teacher", help="Measure this model on the same rows too.")
+@click.option("--predictions", type=click.Path(path_type=Path), help="Score a JSONL of prediction and references.")
+@click.option("--template", default="alpaca", show_default=True, help="How prompts are written.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use only the first so many rows.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    help="Sample answers at temperature 1 this many times, as DistiLLM evaluates, instead of greedy decoding.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON on stdout.")
+def evaluate(
+    model: str | None,
+    data: str | None,
+    teacher: str | None,
+    predictions: Path | None,
+    template: str,
+    limit: int | None,
+    max_new_tokens: int,
+    batch_size: int,
+    seeds: int | None,
+    as_json: bool,
+) -> None:
+    """Measure MODEL on rows with answers, or score a file of predictions that something else made."""
+    if (predictions is None) == (model is None):
+        raise click.UsageError("give either MODEL with --data, or --predictions FILE")
+    if predictions is not None:
+        from kdkit.evaluation import evaluate_predictions
+
+        _print_evaluation([{"model": str(predictions), **evaluate_predictions(predictions)}], as_json)
+        return
+    if data is None:
+        raise click.UsageError("MODEL needs --data FILE with rows that have answers")
+    from kdkit.evaluation import GenerationSettings
+    from kdkit.training.measure import measure_model
+
+    settings = GenerationSettings(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    rows = [
+        {"model": path, **measure_model(path, data, settings, template=template, limit=limit, seeds=seeds)}
+        for path in (model, teacher)
+        if path is not None
+    ]
+    _print_evaluation(rows, as_json)
+
+
+@cli.command()
+@click.argument("config")
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field; repeatable.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="JSONL file to write.")
+@click.option("--generate", is_flag=True, help="Write the teacher's own answers to the training prompts.")
+@click.option("--resume", is_flag=True, help="Continue a file that was stopped.")
+def cache(config: str, overrides: tuple[str, ...], output: Path, generate: bool, resume: bool) -> None:
+    """Write down what the teacher says, so that later runs can train on it."""
+    from kdkit.config import load_config
+
+    settings = load_config(config, overrides)
+    if not generate:
+        raise click.UsageError("say what to cache: --generate writes the teacher's own answers")
+    from kdkit.training.answers import write_teacher_answers
+    from kdkit.training.flow import StopRequest
+
+    with StopRequest().on_signals() as stop:
+        count = write_teacher_answers(settings, output, resume=resume, progress=stop.check)
+    click.echo(f"{count} answers in {output}; train on them with --set data.train={output}", err=True)
+
+
+def main() -> None:
+    """Run the command line and map what stopped it to an exit code."""
+    debug = "--debug" in sys.argv[1:]
+    try:
+        cli.main(standalone_mode=False)
+        return
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (UserError, RunFailed) as error:
+        click.echo(f"error: {error}", err=True)
+        code = 2 if isinstance(error, UserError) else 1
+        if debug:
+            traceback.print_exc()
+    except KeyboardInterrupt as error:  # Interrupted by a signal, or a Ctrl-C before a run began
+        click.echo(f"{error or 'stopped'}; continue with --resume", err=True)
+        code = 128 + getattr(error, "signum", 2)
+    except click.Abort:
+        code = 130
+    sys.exit(code)
+
+
+def _print_comparison(rows: list[dict]) -> None:
+    """The table of models on stdout."""
+    from rich.console import Console
+
+    from kdkit.report import comparison_table
+
+    Console().print(comparison_table(rows))
+
+
+def _print_evaluation(rows: list[dict], as_json: bool) -> None:
+    """One model's figures as an object, several as a list, or a table."""
+    if as_json:
+        click.echo(json.dumps(rows[0] if len(rows) == 1 else rows, indent=1))
+    else:
+        _print_comparison(rows)

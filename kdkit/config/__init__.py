@@ -1,0 +1,38 @@
+"""Every knob of a run, once: `fields` says what exists, `reading` turns presets, files and `--set` into it."""
+
+from kdkit.config.fields import (
+    AdaptiveBandConfig,
+    CheckpointConfig,
+    DataConfig,
+    DistillConfig,
+    DtwConfig,
+    EvaluationConfig,
+    KdConfig,
+    LmConfig,
+    LoggingConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    StudentConfig,
+    TeacherConfig,
+)
+from kdkit.config.reading import demo_folder, dump_config, list_presets, load_config
+
+__all__ = [
+    "AdaptiveBandConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "DistillConfig",
+    "DtwConfig",
+    "EvaluationConfig",
+    "KdConfig",
+    "LmConfig",
+    "LoggingConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "StudentConfig",
+    "TeacherConfig",
+    "demo_folder",
+    "dump_config",
+    "list_presets",
+    "load_config",
+]

@@ -1,0 +1,285 @@
+"""The fields of a run: unit, range, default, and where the default comes from."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+from kdkit.schedules import Positive, Schedule, Weight
+
+DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
+LossName = Literal[
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "tvd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "alpha_beta",
+]
+LOSS_ARGUMENTS: dict[str, frozenset[str]] = {
+    "jsd": frozenset({"beta"}),
+    "skew_forward_kl": frozenset({"alpha"}),
+    "skew_reverse_kl": frozenset({"alpha"}),
+    "alpha_beta": frozenset({"alpha", "beta"}),
+}
+
+Count = Annotated[int, Field(ge=1)]
+Limit = Annotated[int, Field(ge=0)]
+
+
+class _Part(BaseModel):
+    """A part of the config: unknown fields are refused, values never change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class TeacherConfig(_Part):
+    """The model to learn from."""
+
+    path: str
+    """Folder or hub name of a causal language model."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; None is its main branch."""
+    dtype: DtypeName = "auto"
+    """Weights in memory; auto: float32 on CPU, bfloat16 where the card has it in hardware, else float16."""
+    device: str = "auto"
+    """auto: the student's device. A second card is named as cuda:1."""
+    attention: str | None = None
+    """Attention implementation as transformers names it; None is the model's own choice."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for sources you trust."""
+
+
+class StudentConfig(_Part):
+    """The model to train; its weights are always float32."""
+
+    path: str
+    """Folder or hub name of a causal language model, or of a config when `from_scratch`."""
+    from_scratch: bool = False
+    """Start from random weights, seeded by `seed`, instead of the trained ones."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; None is its main branch."""
+    attention: str | None = None
+    """Attention implementation as transformers names it; None is the model's own choice."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for sources you trust."""
+
+
+class DataConfig(_Part):
+    """Rows: a JSONL, CSV or Parquet file, a `datasets` folder or a hub name."""
+
+    train: str
+    """Rows to train on."""
+    validation: str
+    """Rows to evaluate on while training."""
+    test: str | None = None
+    """Rows for the final figures; None uses the validation rows."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Names of the columns where they are not found by themselves, for instance {instruction: question}."""
+    template: str = "alpaca"
+    """alpaca, plain, chat, or a format string with {instruction} and {input}."""
+    max_length: Count = 512
+    """Tokens of prompt and answer together; longer answers are cut. DistiLLM: 512."""
+    max_prompt_length: Count = 256
+    """Tokens of the prompt; rows with longer prompts are left out and counted. DistiLLM: 256."""
+    train_rows: Count | None = None
+    """Use only the first so many usable training rows."""
+    validation_rows: Count | None = None
+    """Use only the first so many usable validation rows."""
+    test_rows: Count | None = None
+    """Use only the first so many usable test rows."""
+
+    @model_validator(mode="after")
+    def _room_for_an_answer(self) -> "DataConfig":
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length ({self.max_prompt_length}) must be below max_length "
+                f"({self.max_length}), or no answer fits"
+            )
+        return self
+
+
+class KdConfig(_Part):
+    """The divergence between the two models' next-token distributions."""
+
+    weight: Weight = Schedule.model_validate(1.0)
+    """Share of the total; DistiLLM's kd_ratio is 1."""
+    loss: LossName = "forward_kl"
+    """Which divergence; `kdkit.losses` says when to pick which."""
+    alpha: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Skew of the skew divergences (DistiLLM: 0.1), or alpha of alpha_beta; None is the loss's own default."""
+    beta: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Teacher's share in jsd, or beta of alpha_beta; None is the loss's own default."""
+    temperature: Positive = Schedule.model_validate(1.0)
+    """Softens both distributions before they are compared; 1 compares them as they are."""
+    temperature_scaling: Literal["square", "none"] = "square"
+    """square multiplies by temperature squared, so that gradients keep their size (Hinton et al. 2015)."""
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """Compare the teacher's K most likely tokens and the rest as one bucket; None compares all."""
+
+    @model_validator(mode="after")
+    def _arguments_fit(self) -> "KdConfig":
+        takes = LOSS_ARGUMENTS.get(self.loss, frozenset())
+        for name in ("alpha", "beta"):
+            if getattr(self, name) is not None and name not in takes:
+                owners = ", ".join(loss for loss, names in LOSS_ARGUMENTS.items() if name in names)
+                raise ValueError(f"{self.loss} takes no {name}; it belongs to {owners}")
+        return self
+
+    @property
+    def loss_arguments(self) -> dict[str, float]:
+        """The arguments that were set, for the loss function."""
+        given = {"alpha": self.alpha, "beta": self.beta}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class LmConfig(_Part):
+    """Cross-entropy of the labels."""
+
+    weight: Weight = Schedule.model_validate(0.0)
+    """Share of the total; DistiLLM trains with 0 next to a kd weight of 1."""
+
+
+class AdaptiveBandConfig(_Part):
+    """A soft band around where the alignment is expected to run (WARD, DWA-KD)."""
+
+    mix: float = Field(default=0.7, ge=0, le=1)
+    """Share of the expected position in the band's centre; the rest is the diagonal. DWA-KD: 0.7."""
+    half_width: float = Field(default=5.0, ge=0)
+    """Units on either side that cost nothing extra. DWA-KD: 5."""
+    entropy_scale: float = Field(default=2.0, ge=0)
+    """How much a row's uncertainty widens the band, in units per nat. DWA-KD: 2."""
+    penalty: float = Field(default=1.0, ge=0)
+    """Cost added far outside the band. DWA-KD: 1."""
+    begin: float = Field(default=0.1, ge=0, le=1)
+    """Fraction of the stage before which the band is off, since early alignments mean little."""
+
+
+class DtwConfig(_Part):
+    """Soft dynamic time warping between the two models' last hidden states over the answer."""
+
+    weight: Weight = Schedule.model_validate(0.0)
+    """Share of the total; 0 is off."""
+    unit: Literal["word", "token"] = "word"
+    """What is aligned: hidden states averaged over words, or those of single tokens."""
+    gamma: Positive = Schedule.model_validate(0.1)
+    """Smoothing of the minimum, in units of the cost; smaller is closer to hard DTW. WARD: 0.1."""
+    band: Count | None = 32
+    """Largest distance from the (slope-corrected) diagonal, in units; None is off. WARD: 32."""
+    metric: Literal["cosine", "sqeuclidean"] = "cosine"
+    """Distance between two hidden states."""
+    normalize: Literal["max_length", "sum_length", "none"] = "max_length"
+    """Constant of the two lengths by which a sequence's value is divided."""
+    divergence: bool = True
+    """Take off the self-alignments, so that the value and its gradient vanish at equality (Blondel 2021)."""
+    importance: Literal["none", "inverse_entropy"] = "none"
+    """inverse_entropy weighs units by how certain the teacher is there, on each side by itself (WARD)."""
+    adaptive_band: AdaptiveBandConfig | None = None
+    """Soft band around the expected alignment; None is off."""
+    projector_learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate of the student-to-teacher projector. DWA-KD: 1e-3."""
+
+
+class ObjectiveConfig(_Part):
+    """What is minimised: the weighted sum of the terms, each a mean over counted items."""
+
+    kd: KdConfig = KdConfig()
+    lm: LmConfig = LmConfig()
+    dtw: DtwConfig = DtwConfig()
+    chunk_tokens: Count = 256
+    """Positions whose logits exist at the same time; smaller saves memory."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a NaN or infinite loss or gradient does: end the run, or skip that step and count it."""
+
+
+class OptimConfig(_Part):
+    """Optimizer, learning rate and batch."""
+
+    learning_rate: float = Field(default=5e-4, gt=0, le=1)
+    """Peak learning rate of the student. DistiLLM, GPT-2 0.1B: 5e-4."""
+    scheduler: Literal["cosine", "linear", "constant_with_warmup", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up, counted in optimizer steps."""
+    warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Fraction of the optimizer steps in which the learning rate rises from 0."""
+    warmup_steps: Limit | None = None
+    """Optimizer steps of warm-up; overrides `warmup_fraction`."""
+    optimizer: Literal["adamw_torch", "adamw_8bit"] = "adamw_torch"
+    """adamw_8bit keeps the optimizer's state in 8 bits (bitsandbytes, GPU only)."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay; not on norms and biases. DistiLLM: 0.01."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this norm. DistiLLM: 1.0."""
+    batch_size: Count = 8
+    """Rows of one forward pass on one device."""
+    accumulation: Count = 1
+    """Forward passes that make one optimizer step."""
+    max_steps: Count | None = None
+    """Optimizer steps of the stage; overrides `epochs`."""
+    epochs: float = Field(default=3.0, gt=0)
+    """Passes over the training rows."""
+    precision: DtypeName = "auto"
+    """Autocast of the student's passes; auto: float32 on CPU, else bfloat16 where the card has it, else float16."""
+
+
+class EvaluationConfig(_Part):
+    """What is measured, when, and on how much text."""
+
+    every_steps: Limit = 0
+    """Optimizer steps between evaluations; 0 evaluates only at the end of the stage."""
+    batch_size: Count = 32
+    """Rows of one forward or generation batch."""
+    generate_rows: Limit | None = None
+    """Validation rows answered by the student at each evaluation while training; 0: none, None: all."""
+    max_new_tokens: Count = 128
+    """Longest answer, in tokens."""
+    num_beams: Count = 1
+    """Beams; 1 with sampling_temperature 0 is greedy decoding."""
+    sampling_temperature: float = Field(default=0.0, ge=0)
+    """0 is greedy; DistiLLM evaluates by sampling at 1."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus of the sampling."""
+    teacher: bool = True
+    """Measure the teacher on the final rows too."""
+    resamples: Count = 1000
+    """Bootstrap resamples of the 95 % intervals."""
+
+
+class CheckpointConfig(_Part):
+    """What is kept of a running stage."""
+
+    every_steps: Limit = 0
+    """Optimizer steps between checkpoints; 0 saves only at the end of the stage and when stopped."""
+    keep: Count = 2
+    """Newest checkpoints that stay."""
+
+
+class LoggingConfig(_Part):
+    """How often figures are written."""
+
+    every_steps: Count = 10
+    """Optimizer steps between two rows of metrics.jsonl."""
+    report_to: list[str] = Field(default_factory=list)
+    """Trackers of transformers that also get the figures, for instance [tensorboard]."""
+
+
+class DistillConfig(_Part):
+    """One run: a base and the stages that override it, in order."""
+
+    teacher: TeacherConfig
+    student: StudentConfig
+    data: DataConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    stages: dict[str, dict[str, JsonValue]] = Field(
+        default_factory=lambda: {"distill": {}}, min_length=1
+    )
+    """Name of each stage and what it overrides, for instance {warm_start: {optim: {max_steps: 100}}, distill: {}}."""
+    seed: int = Field(default=10, ge=0, lt=2**31)
+    """Seeds weights, row order and dropout; each stage derives its own. DistiLLM runs 10 to 50."""
+    threads: Count | None = None
+    """CPU threads of torch; None takes its own choice. Pin it where a resume has to be bit-identical."""

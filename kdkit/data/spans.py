@@ -1,0 +1,229 @@
+"""Tokens against the bytes of their text: word units, byte offsets, and whether two tokenizers agree."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Offsets = Sequence[tuple[int, int]]
+
+_WHITESPACE = np.array([c for c in range(0x3001) if chr(c).isspace()], dtype=np.uint32)
+_MAX_EVIDENCE_CHARS = 40
+
+# Where tokenizers differ: case, digits, accents, code, runs of spaces, emoji, scripts, odd spaces.
+PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    " leading space",
+    "trailing space ",
+    "two  spaces,   three    four",
+    "tab\tand\ttabs\t\there",
+    "line\nbreaks\n\nand\r\nmore\n",
+    "0 1 12 123 1234 12345 1234567890",
+    "3.14159, -2.5e-10, 1,000,000 and 50%",
+    "I'm you're THEY'LL we've don't",
+    "naïve café, Straße, Ærøskøbing, Żółć, ñandú",
+    "e\u0301 against \u00e9",  # the same letter, decomposed and composed
+    "def f(x: int) -> str:\n    return f'{x!r}'  # comment\n",
+    "for (int i = 0; i < n; ++i) { a[i] += b[i] << 2; }",
+    '<html><body class="x">&nbsp;</body></html>',
+    '{"key": [1, 2.0, null, true]}',
+    "https://example.org/path?q=a+b&c=%20#part",
+    "CamelCase snake_case kebab-case SCREAMING_CASE",
+    "🙂 👩‍👩‍👧 🏳️‍🌈 ❤️",
+    "你好，世界。这是一个测试",
+    "日本語のテキスト、カタカナ",
+    "한국어 텍스트",
+    "Привет, мир! Ёлка",
+    "مرحبا بالعالم",
+    "नमस्ते दुनिया",
+    "no\u00a0break, wide\u3000space, zero\u200bwidth",
+    "∑ x² ≤ √y → ∞ — “quotes” … ‘single’",
+    "antidisestablishmentarianism pneumonoultramicroscopic",
+    "$$ \\frac{a}{b} $$ #hashtag @user",
+    "???!!! ... --- ===",
+    "### Instruction:\nSay hello.\n\n### Response:\n",
+)
+
+
+@dataclass(frozen=True)
+class TokenizerRelation:
+    """How the ids of two tokenizers relate, and what shows it.
+
+    kind is "same" (one vocabulary), "padded" (the same ids for all text; one side has further
+    reserved ids at its end) or "different". num_shared_ids is the number of first ids that mean the same
+    on both sides, 0 when different.
+    """
+
+    kind: Literal["same", "padded", "different"]
+    evidence: str
+    num_shared_ids: int = 0
+
+
+def word_units(text: str, offsets: Offsets) -> list[int]:
+    """The word that each token belongs to: `shared_word_units` for one tokenizer.
+
+    Args:
+        text: what was tokenised, up to the end of the last token kept.
+        offsets: (start, end) of each token in characters, as a fast tokenizer gives them.
+    Returns:
+        One unit id per token, -1 for a token of whitespace only or of nothing.
+    """
+    return shared_word_units(text, offsets)[0]
+
+
+def shared_word_units(text: str, *sides: Offsets) -> list[list[int]]:
+    """Word units of the same text under several tokenizers: unit u is the same bytes on all of them.
+
+    A unit is a word between whitespace; a token belongs to the word of its first character that is not
+    whitespace, so that the space a token begins with costs nothing. Words that one token of any side
+    spans are one unit, and a word that some side has no token for (its normaliser dropped it) joins the
+    word before it. So every byte of every word is in exactly one unit, each unit has a token on every
+    side, and ids run 0, 1, 2, ... in the order of the text. Whitespace between words is in no unit.
+
+    Args:
+        text: the common text, cut to what every side covers.
+        sides: for each tokenizer the (start, end) of its tokens in characters; pieces of one
+            character, such as an emoji in several byte tokens, all carry the offsets of that character.
+    Returns:
+        For each side one unit id per token, -1 for a token of whitespace only or of nothing; all -1
+        where a side has no token in any word.
+    """
+    starts, continues = _word_edges(text)
+    num_words = int(starts.sum())
+    touched = [_touched_words((starts, continues), side) for side in sides]
+    joined = np.zeros(num_words, dtype=bool)  # (words,); this word continues the unit before it
+    for first, last in touched:
+        first, end = first[first >= 0], last[first >= 0] + 1
+        is_covered = _count_intervals(first, end, num_words) > 0
+        if not is_covered.any():
+            return [[-1] * len(side) for side in sides]
+        joined |= (_count_intervals(first + 1, end, num_words) > 0) | ~is_covered
+        joined[: is_covered.argmax() + 1] = True  # no unit stands before the first covered word
+    unit_of_word = np.cumsum(~joined)
+    unit_of_word -= unit_of_word[:1]
+    return [np.where(first < 0, -1, unit_of_word[first]).tolist() for first, _ in touched]
+
+
+def char_to_byte_offsets(text: str, offsets: Offsets) -> np.ndarray:
+    """Offsets in UTF-8 bytes from offsets in characters.
+
+    Args:
+        text: what was tokenised.
+        offsets: (start, end) in characters.
+    Returns:
+        (n, 2) int64: (start, end) in bytes of `text.encode()`; pieces of one character have its whole range.
+    """
+    code_points = _code_points(text)
+    widths = 1 + sum((code_points >= limit).astype(np.int64) for limit in (0x80, 0x800, 0x10000))
+    ends = np.concatenate([[0], np.cumsum(widths, dtype=np.int64)])
+    return ends[np.asarray(offsets, dtype=np.int64).reshape(-1, 2)]
+
+
+def tokenizer_relation(a: "PreTrainedTokenizerBase", b: "PreTrainedTokenizerBase") -> TokenizerRelation:
+    """Whether a teacher's distribution over ids can be compared with a student's, id by id.
+
+    Proven, not assumed from names: PROBES get the same ids from both, and the maps token -> id are
+    equal, or equal up to reserved ids at the end that no text produces.
+
+    Args:
+        a: one tokenizer.
+        b: the other; the order does not matter for the kind.
+    Returns:
+        TokenizerRelation with the first difference, or the counts, as evidence.
+    """
+    difference = _first_difference(a, b, PROBES)
+    if difference is not None:
+        return TokenizerRelation("different", difference)
+    vocabulary_a, vocabulary_b = a.get_vocab(), b.get_vocab()
+    odd = vocabulary_a.items() ^ vocabulary_b.items()
+    agree = f"the same ids for {len(PROBES)} probe texts"
+    if not odd:
+        evidence = f"{agree} and one vocabulary of {len(vocabulary_a):,} tokens"
+        if a.eos_token_id != b.eos_token_id:
+            evidence += f"; but text ends with {a.eos_token!r} here, with {b.eos_token!r} there"
+        return TokenizerRelation("same", evidence, 1 + max(vocabulary_a.values()))
+    num_shared = min(index for _, index in odd)
+    reason = _why_not_padded(a, b, num_shared)
+    if reason is not None:
+        return TokenizerRelation("different", reason)
+    counts = f"{len(vocabulary_a):,} and {len(vocabulary_b):,} tokens"
+    evidence = f"{agree}; {counts}, equal up to id {num_shared - 1:,}, the rest reserved"
+    return TokenizerRelation("padded", evidence, num_shared)
+
+
+def _word_edges(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """(chars,) bool twice: a word begins at this character; a word goes on at this character."""
+    is_word = ~np.isin(_code_points(text), _WHITESPACE)
+    starts = is_word.copy()
+    starts[1:] &= ~is_word[:-1]
+    return starts, is_word & ~starts
+
+
+def _touched_words(edges: tuple[np.ndarray, np.ndarray], offsets: Offsets) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens,) int twice: the first and the last word that a token has a character of, or -1."""
+    starts, continues = edges
+    spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).clip(0, len(starts))
+    words_before = np.concatenate([[0], np.cumsum(starts)])  # (chars + 1,)
+    first = words_before[spans[:, 0]] - np.append(continues, False)[spans[:, 0]]
+    last = words_before[spans[:, 1]] - 1
+    is_outside = (spans[:, 0] >= spans[:, 1]) | (first > last)
+    return np.where(is_outside, -1, first), np.where(is_outside, -1, last)
+
+
+def _count_intervals(first: np.ndarray, end: np.ndarray, size: int) -> np.ndarray:
+    """(size,) int: how many of the half-open intervals hold each index."""
+    steps = np.bincount(first, minlength=size + 1) - np.bincount(end, minlength=size + 1)
+    return np.cumsum(steps)[:size]
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
+def _why_not_padded(
+    a: "PreTrainedTokenizerBase", b: "PreTrainedTokenizerBase", num_shared: int
+) -> str | None:
+    """Why the ids from num_shared on matter to text; None where they are only reserved."""
+    for tokenizer in (a, b):
+        eos = tokenizer.eos_token_id
+        if eos is not None and eos >= num_shared:
+            return (
+                f"the end-of-text token {tokenizer.eos_token!r} has id {eos:,}, "
+                f"and only the ids below {num_shared:,} mean the same"
+            )
+        reserved = tokenizer.get_added_vocab()
+        ordinary = [
+            token
+            for token, index in tokenizer.get_vocab().items()
+            if index >= num_shared and token not in reserved
+        ]
+        difference = _first_difference(
+            a, b, [tokenizer.convert_tokens_to_string([token]) for token in ordinary]
+        )
+        if difference is not None:
+            return difference
+    return None
+
+
+def _first_difference(
+    a: "PreTrainedTokenizerBase", b: "PreTrainedTokenizerBase", texts: Sequence[str]
+) -> str | None:
+    """The first text that gets other ids from b than from a, in words; None where there is none."""
+    if not texts:
+        return None
+    ids_a = a(list(texts), add_special_tokens=False)["input_ids"]
+    ids_b = b(list(texts), add_special_tokens=False)["input_ids"]
+    for text, left, right in zip(texts, ids_a, ids_b, strict=True):
+        if left != right:
+            shown = text[:_MAX_EVIDENCE_CHARS]
+            return f"{shown!r} becomes ids {_shorten(left)} on one side, {_shorten(right)} on the other"
+    return None
+
+
+def _shorten(ids: list[int]) -> str:
+    shown = ", ".join(str(index) for index in ids[:8])
+    return f"[{shown}{', ...' if len(ids) > 8 else ''}]"

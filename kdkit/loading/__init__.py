@@ -1,0 +1,30 @@
+"""Models and tokenizers, teacher and student: dtype always explicit, every doubt settled before the first step."""
+
+from kdkit.loading.heads import (
+    TokenizerKind,
+    backbone_hidden,
+    check_causal,
+    check_finite_logits,
+    check_head,
+    check_tokenizer_fits,
+    head_of,
+    shared_vocab_size,
+)
+from kdkit.loading.models import ModelDescription, Quantization, describe_model, load_model
+from kdkit.loading.tokenizers import load_tokenizer
+
+__all__ = [
+    "ModelDescription",
+    "Quantization",
+    "TokenizerKind",
+    "backbone_hidden",
+    "check_causal",
+    "check_finite_logits",
+    "check_head",
+    "check_tokenizer_fits",
+    "describe_model",
+    "head_of",
+    "load_model",
+    "load_tokenizer",
+    "shared_vocab_size",
+]

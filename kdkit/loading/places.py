@@ -1,0 +1,96 @@
+"""A folder or a hub name: what it is, whether it can be reached, and what to say when it cannot."""
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from huggingface_hub import constants
+from safetensors import SafetensorError
+
+from kdkit.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_PROXIES = ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model or tokenizer is to be read from."""
+
+    name: str
+    """Folder, file or hub name, as `from_pretrained` takes it."""
+    revision: str | None
+    """Branch, tag or commit on the hub."""
+    local_files_only: bool
+    """True for a folder, and for a hub name when the hub is out of reach: then only its cache is read."""
+    is_folder: bool
+
+    def read_arguments(self) -> dict[str, str | bool | None]:
+        """Keyword arguments for `from_pretrained`."""
+        if self.is_folder:
+            return {"local_files_only": True}
+        return {"local_files_only": self.local_files_only, "revision": self.revision or "main"}
+
+
+def locate(path: str | Path, *, revision: str | None = None) -> Place:
+    """Find out whether `path` is a folder or file here or a hub name, without reading it.
+
+    Raises:
+        UserError: it is written like a path and does not exist; or a revision was asked of a local folder.
+    """
+    name = str(path)
+    local = Path(name).expanduser()
+    if local.exists():
+        if revision is not None:
+            raise UserError(f"revision {revision!r} was given, but {name} is a local folder: leave revision out")
+        return Place(str(local), None, local_files_only=True, is_folder=True)
+    if isinstance(path, Path) or _is_written_like_a_path(name):
+        raise UserError(f"{name} does not exist; give the folder of a model, or a hub name such as openai/gpt2")
+    return Place(name, revision, local_files_only=not _hub_answers(), is_folder=False)
+
+
+@contextmanager
+def one_message(what: str, place: Place) -> Iterator[None]:
+    """Turn the many errors of reading `what` from `place` into one short message."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"cannot load the {what} {place.name}: {reason} ({_advice(place, error)})") from error
+
+
+def _advice(place: Place, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "set trust_remote_code only if you trust its source"
+    if isinstance(error, ImportError):
+        return "install what is named, or choose another setting"
+    if place.is_folder:
+        return "the folder needs config.json, model.safetensors and the tokenizer's files, all complete"
+    if place.local_files_only:
+        return "the hub is not reachable and the name is not in the local cache: give a folder, or go online"
+    return "check the spelling, the revision, and whether the model needs a login"
+
+
+def _is_written_like_a_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or name.endswith("/")
+
+
+def _hub_answers() -> bool:
+    """Whether the hub's name resolves; without this, each file asked for offline costs some 20 s of retries."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if any(os.environ.get(name) for name in _PROXIES):
+        return True  # the proxy resolves names, this machine need not
+    host = urlsplit(constants.ENDPOINT).hostname or ""
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        logger.warning("%s is not reachable: hub names are looked up in the local cache only", host)
+        return False
+    return True

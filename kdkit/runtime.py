@@ -1,0 +1,439 @@
+"""The machine: can this card run this build of torch, in which dtype, with how much room, from which seed.
+
+torch is imported inside the functions only, so that a command which merely reads a log starts at once.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from kdkit import __version__
+from kdkit.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+DeviceType = Literal["cuda", "mps", "cpu"]
+Capability = tuple[int, int]
+
+GIB = 2**30
+
+# bfloat16 units begin with Ampere; torch.cuda.is_bf16_supported() also counts emulation, which is very slow.
+BF16_CAPABILITY: Capability = (8, 0)
+# torch 2.7.1 for CUDA 12.6 has kernels from 5.0 on; from 2.8 on the builds on PyPI leave old cards out.
+OLD_CARD_CAPABILITIES: tuple[Capability, Capability] = ((5, 0), (7, 5))
+INSTALL_FOR_OLD_CARD = "pip install torch==2.7.1 --index-url https://download.pytorch.org/whl/cu126"
+INSTALL_FOR_NEW_CARD = "pip install --upgrade torch --index-url https://download.pytorch.org/whl/cu128"
+
+_ARCH = re.compile(r"(?P<kind>sm|compute)_(?P<major>\d+)(?P<minor>\d)(?P<only>a?)f?")
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What `preflight` found. `problem` and `remedy` are empty when there is nothing to say."""
+
+    device: DeviceType
+    """The device to use; "cuda" also when a card is there but cannot be used (`ok` is then False)."""
+    num_devices: int
+    """Cards of that type; 1 for "mps" and "cpu"."""
+    name: str
+    """Name of the first card, or of the processor."""
+    capability: Capability | None
+    """CUDA compute capability (major, minor) of the first card."""
+    arch_list: tuple[str, ...]
+    """What this build of torch was compiled for, as `torch.cuda.get_arch_list()` says it."""
+    total_memory_bytes: int
+    """Memory of the first card, or of the machine."""
+    ok: bool
+    """True if one small operation ran on every card."""
+    problem: str
+    """What is wrong; may be said while `ok`, when a card stands idle."""
+    remedy: str
+    """The line to run, or the thing to change."""
+
+
+@dataclass(frozen=True)
+class DtypeChoice:
+    """A dtype for mixed precision, and the reason in one line."""
+
+    dtype: Literal["bfloat16", "float16", "float32"]
+    reason: str
+
+
+def build_runs_on(capability: Capability, arch_list: Sequence[str]) -> bool:
+    """Whether a torch build carries code that a card can run.
+
+    Binary code (`sm_XY`) runs on cards of the same major version whose minor version is not lower; with
+    the suffix "a" on exactly that card. PTX (`compute_XY`) is compiled on the fly for any card that is not
+    older. `torch.cuda.is_available()` does not look at this: it is True, and the first real operation dies.
+
+    Args:
+        capability: (major, minor) as in `torch.cuda.get_device_capability()`.
+        arch_list: entries as in `torch.cuda.get_arch_list()`.
+    Returns:
+        True also when no entry is in CUDA's notation (a ROCm build): there only a real operation can tell.
+    """
+    matches = [match for match in map(_ARCH.fullmatch, arch_list) if match]
+    return not matches or any(_covers(match, capability) for match in matches)
+
+
+def _covers(arch: re.Match[str], capability: Capability) -> bool:
+    built_for = (int(arch["major"]), int(arch["minor"]))
+    if arch["only"]:
+        return built_for == capability
+    if arch["kind"] == "compute":
+        return built_for <= capability
+    return built_for[0] == capability[0] and built_for[1] <= capability[1]
+
+
+def install_line(capability: Capability) -> str:
+    """The command that installs a torch build with kernels for a card of this capability."""
+    oldest, current = OLD_CARD_CAPABILITIES
+    if capability < oldest:
+        return "use the CPU (CUDA_VISIBLE_DEVICES=''): no supported torch build has kernels for it"
+    return INSTALL_FOR_OLD_CARD if capability < current else INSTALL_FOR_NEW_CARD
+
+
+def preflight() -> Preflight:
+    """Find the device and prove with one small operation that it works.
+
+    Returns:
+        A `Preflight`; `ok` is False when a card is visible and cannot be used, and `remedy` says what to do.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return _preflight_cuda()
+    if torch.backends.mps.is_available():
+        return _preflight_mps()
+    idle_card = torch.version.cuda is None and shutil.which("nvidia-smi") is not None
+    return Preflight(
+        device="cpu",
+        num_devices=1,
+        name=platform.processor() or platform.machine(),
+        capability=None,
+        arch_list=(),
+        total_memory_bytes=_machine_memory_bytes(),
+        ok=True,
+        problem="an NVIDIA driver is here, but this torch build is for the CPU" if idle_card else "",
+        remedy=INSTALL_FOR_NEW_CARD if idle_card else "",
+    )
+
+
+def _preflight_cuda() -> Preflight:
+    import torch
+
+    num_devices = torch.cuda.device_count()
+    arch_list = tuple(torch.cuda.get_arch_list())
+    problem = remedy = ""
+    for index in range(num_devices):
+        problem, remedy = _cuda_problem(index, arch_list)
+        if problem:
+            break
+    first = torch.cuda.get_device_properties(0)
+    return Preflight(
+        device="cuda",
+        num_devices=num_devices,
+        name=first.name,
+        capability=torch.cuda.get_device_capability(0),
+        arch_list=arch_list,
+        total_memory_bytes=first.total_memory,
+        ok=not problem,
+        problem=problem,
+        remedy=remedy,
+    )
+
+
+def _cuda_problem(index: int, arch_list: Sequence[str]) -> tuple[str, str]:
+    """(problem, remedy) of one card; two empty strings when it works."""
+    import torch
+
+    major, minor = capability = torch.cuda.get_device_capability(index)
+    card = f"{torch.cuda.get_device_name(index)} (cuda:{index}, sm_{major}{minor})"
+    if not build_runs_on(capability, arch_list):
+        built_for = " ".join(arch_list)
+        return (
+            f"torch {torch.__version__} has no kernels for the {card}; it was built for {built_for}",
+            install_line(capability),
+        )
+    failure = _operation_failure(f"cuda:{index}")
+    if failure:
+        return (
+            f"a 64 x 64 matrix product failed on the {card}: {failure}",
+            f"free the card or restart the session; if it stays: {install_line(capability)}",
+        )
+    return "", ""
+
+
+def _preflight_mps() -> Preflight:
+    failure = _operation_failure("mps")
+    return Preflight(
+        device="mps",
+        num_devices=1,
+        name=platform.processor() or platform.machine(),
+        capability=None,
+        arch_list=(),
+        total_memory_bytes=_machine_memory_bytes(),
+        ok=not failure,
+        problem=f"a 64 x 64 matrix product failed on mps: {failure}" if failure else "",
+        remedy="use the CPU" if failure else "",
+    )
+
+
+def _operation_failure(device: str) -> str:
+    """First line of the error of one small real operation on `device`; empty when it ran and is right."""
+    import torch
+
+    try:
+        ones = torch.ones(64, 64, device=device)
+        total = float((ones @ ones).sum().item())  # .item() waits for the device
+    except RuntimeError as error:
+        return str(error).partition("\n")[0] or type(error).__name__
+    return "" if total == 64.0**3 else f"the result was {total}, not {64.0**3}"
+
+
+def usable_dtype(device: DeviceType, capability: Capability | None) -> DtypeChoice:
+    """The dtype for mixed precision that this hardware computes natively.
+
+    Args:
+        device: as in `Preflight.device`.
+        capability: as in `Preflight.capability`.
+    Returns:
+        "bfloat16" from capability 8.0 on; "float16" on older cards, for autocast over float32 weights; else
+        "float32".
+    Raises:
+        ValueError: device is "cuda" and no capability was given.
+    """
+    if device != "cuda":
+        return DtypeChoice("float32", f"{device}: half precision saves little here and costs accuracy")
+    if capability is None:
+        raise ValueError("usable_dtype needs the capability of a cuda device, got None")
+    found = f"compute capability {capability[0]}.{capability[1]}"
+    if capability >= BF16_CAPABILITY:
+        return DtypeChoice("bfloat16", f"{found} has bfloat16 units, and its range needs no loss scaling")
+    return DtypeChoice("float16", f"{found} only emulates bfloat16 (native from 8.0), very slowly")
+
+
+# --- room ---
+
+
+def free_bytes(path: str | Path) -> int:
+    """Bytes that this user may still write on the disk of `path`, which need not exist yet."""
+    absolute = Path(path).expanduser().resolve()
+    existing = next(place for place in (absolute, *absolute.parents) if place.exists())
+    return shutil.disk_usage(existing).free
+
+
+def check_disk(path: str | Path, needed_bytes: int) -> None:
+    """Refuse to begin what cannot be written.
+
+    Raises:
+        UserError: less than `needed_bytes` is free on the disk of `path`.
+    """
+    free = free_bytes(path)
+    if free < needed_bytes:
+        raise UserError(
+            f"{path} has {free / GIB:.2f} GiB free and {needed_bytes / GIB:.2f} GiB are needed: delete old"
+            " checkpoints, keep fewer of them, or choose a folder on another disk"
+        )
+
+
+def _machine_memory_bytes() -> int:
+    """Physical memory, 0 where the system does not say."""
+    names = os.sysconf_names if sys.platform != "win32" else {}
+    if "SC_PHYS_PAGES" not in names:
+        return 0
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def thread_count() -> int:
+    """Processors that this process may use, which in a container are fewer than the machine has."""
+    if sys.platform != "linux":
+        return os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    limit, _, period = quota.read_text().partition(" ") if quota.is_file() else ("max", "", "")
+    return allowed if limit == "max" else max(1, min(allowed, round(int(limit) / int(period))))
+
+
+# --- randomness ---
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's `random`, numpy and torch on every device."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (libraries draw from the global generator)
+    torch.manual_seed(seed)
+
+
+def generator(seed: int, *keys: int | str, device: str = "cpu") -> "torch.Generator":
+    """A torch generator that depends on nothing but (seed, keys), the same in every process and session.
+
+    Draws keyed by the step cannot be shifted by an evaluation, a resume or another process.
+
+    Args:
+        seed: the run's seed.
+        *keys: what the draw is for, such as `("rollout", step)`; 1 and "1" differ.
+        device: where the tensors to be drawn live.
+    """
+    import torch
+
+    digest = hashlib.sha256(json.dumps([seed, *keys]).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@contextmanager
+def preserved_rng_state() -> Iterator[None]:
+    """Whatever is drawn inside (generation, evaluation, an initialisation) changes no draw after it."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)
+
+
+def rng_state() -> dict[str, "torch.Tensor"]:
+    """All global random states as plain CPU tensors, which a safetensors file can hold.
+
+    Returns:
+        "python", "python_gauss", "numpy", "numpy_position", "numpy_gauss", "torch", one "cuda:i" for each
+        card, and "mps". The `*_gauss` entries hold the cached second normal draw, or nothing.
+    """
+    import numpy as np
+    import torch
+
+    _, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
+    state = {
+        "python": torch.tensor(words, dtype=torch.int64),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "numpy_position": torch.tensor([position], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([cached] if has_gauss else [], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        for index, cuda_state in enumerate(torch.cuda.get_rng_state_all()):
+            state[f"cuda:{index}"] = cuda_state
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_rng_state(state: Mapping[str, "torch.Tensor"]) -> None:
+    """Put back what `rng_state` returned; states of cards that are not here are left out.
+
+    Raises:
+        UserError: the state is incomplete or was not written by `rng_state`.
+    """
+    import numpy as np
+    import torch
+
+    missing = {"python", "python_gauss", "numpy", "numpy_position", "numpy_gauss", "torch"} - set(state)
+    if missing:
+        raise UserError(f"the saved random state lacks {sorted(missing)}: it is incomplete")
+    python_gauss, numpy_gauss = state["python_gauss"].tolist(), state["numpy_gauss"].tolist()
+    random.setstate((3, tuple(state["python"].tolist()), *(python_gauss or [None])))
+    keys, position = state["numpy"].numpy().astype(np.uint32), int(state["numpy_position"])
+    np.random.set_state(  # noqa: NPY002
+        ("MT19937", keys, position, len(numpy_gauss), *(numpy_gauss or [0.0]))
+    )
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            if f"cuda:{index}" in state:
+                torch.cuda.set_rng_state(state[f"cuda:{index}"], index)
+    if torch.backends.mps.is_available() and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
+
+
+# --- where we are ---
+
+
+def environment() -> dict[str, str | int | None]:
+    """What a run was made with, for `environment.json`: versions, device, threads, platform."""
+    import torch
+
+    found = preflight()
+    versions = {name: _version(name) for name in ("transformers", "datasets", "accelerate", "numpy")}
+    return {
+        "kdkit": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **versions,
+        "platform": platform.platform(),
+        "device": found.device,
+        "device_name": found.name,
+        "num_devices": found.num_devices,
+        "device_memory_bytes": found.total_memory_bytes,
+        "capability": ".".join(map(str, found.capability)) if found.capability else None,
+        "cuda": torch.version.cuda,
+        "num_threads": thread_count(),
+        "torch_num_threads": torch.get_num_threads(),
+        "kaggle": os.environ.get("KAGGLE_KERNEL_RUN_TYPE"),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class KagglePaths:
+    """Where things lie in a Kaggle session."""
+
+    run_type: str
+    """"Interactive" or "Batch" (saved version, no front end)."""
+    input_dir: Path = Path("/kaggle/input")
+    """Attached data sets, models and outputs of earlier versions; read-only."""
+    working_dir: Path = Path("/kaggle/working")
+    """Kept with the version, 20 GB."""
+    scratch_dir: Path = Path("/kaggle/tmp")
+    """Lost with the session, about 60 GB."""
+
+
+def kaggle_paths() -> KagglePaths | None:
+    """The paths of this Kaggle session, or None anywhere else."""
+    run_type = os.environ.get("KAGGLE_KERNEL_RUN_TYPE")
+    return KagglePaths(run_type) if run_type else None
+
+
+def find_input(name: str, *, root: str | Path = "/kaggle/input") -> Path:
+    """The file or folder called `name` anywhere under `root`.
+
+    Where Kaggle mounts an input has changed and depends on its kind, so that no fixed path holds.
+
+    Args:
+        name: a file or folder name, or a pattern such as "*.safetensors" or "run-1/config.yaml".
+        root: where to look.
+    Returns:
+        The match nearest to `root`; the first in alphabetical order if several are equally near.
+    Raises:
+        UserError: nothing is called so; the message lists what is attached.
+    """
+    root = Path(root)
+    matches = sorted(root.rglob(name), key=lambda path: (len(path.parts), str(path)))
+    if not matches:
+        attached = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+        raise UserError(
+            f"nothing called {name!r} under {root}; attached: {', '.join(attached) or 'nothing'}."
+            " Attach it with 'Add Input', or correct the name"
+        )
+    return matches[0]

@@ -1,0 +1,313 @@
+"""What a loss may know of the teacher: live or cached, dense or top-k, behind one protocol.
+
+A signal speaks of N positions laid end to end. `rows` cuts a few of them out, on the student's device; `logprobs_at`
+gives their log-probabilities over C columns: all V ids, or K kept ids and one bucket that holds the rest.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Stands for an id that is left out of a sum: log-probabilities never come near it, and unlike −inf it has gradients.
+_LEFT_OUT = -1e30
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A language-model head: hidden states to logits, `softcap · tanh(scale · (W h + b) / softcap)`.
+
+    Holds views of live parameters, on whatever device they are.
+    """
+
+    weight: Tensor
+    """(V, H)"""
+    bias: Tensor | None = None
+    """(V,)"""
+    scale: float = 1.0
+    """Factor on the logits."""
+    softcap: float | None = None
+    """Bound that logits approach through tanh; None for no bound."""
+    vocab_size: int | None = None
+    """Number V' of leading ids to keep, where two models agree on these and pad differently; None for all V."""
+
+    def __post_init__(self) -> None:
+        rows = self.weight.shape[0]
+        if self.vocab_size is not None and not 0 < self.vocab_size <= rows:
+            raise ValueError(f"vocab_size={self.vocab_size}: the head has {rows} rows; give 1 to {rows}, or None")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap={self.softcap}: give a number above 0, or None for no cap")
+
+    @property
+    def num_ids(self) -> int:
+        """V', the width of the logits."""
+        return self.weight.shape[0] if self.vocab_size is None else self.vocab_size
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits in the compute dtype, as the model itself returns them.
+
+        Args:
+            hidden: (N, H) final hidden states, on the head's device.
+        Returns:
+            (N, V') in `compute_dtype(hidden, weight)`.
+        """
+        dtype = compute_dtype(hidden, self.weight)
+        weight, bias = self.weight[: self.num_ids], self.bias
+        bias = None if bias is None else bias[: self.num_ids].to(dtype)
+        return self.finish(F.linear(hidden.to(dtype), weight.to(dtype), bias))
+
+    def finish(self, product: Tensor) -> Tensor:
+        """Scale and softcap on top of the matrix product, in its dtype.
+
+        Args:
+            product: (N, V') `W h + b`.
+        Returns:
+            (N, V') logits; `product` itself where there is neither scale nor softcap.
+        """
+        if self.scale != 1.0:
+            product = product * self.scale
+        if self.softcap is not None:
+            product = self.softcap * torch.tanh(product / self.softcap)
+        return product
+
+
+class TeacherSignal(Protocol):
+    """The teacher at N positions, as head pass and objective see it."""
+
+    @property
+    def hidden_states(self) -> Tensor | None:
+        """(B, T, H) final hidden states of the whole batch for terms over features, or None."""
+        ...
+
+    @property
+    def num_positions(self) -> int:
+        """N."""
+        ...
+
+    @property
+    def support(self) -> Tensor | None:
+        """(N, K) kept ids, or None for the whole vocabulary."""
+        ...
+
+    def rows(self, start: int, stop: int, device: torch.device) -> "TeacherSignal":
+        """Positions start to stop on a device, computed where the teacher is; what is costly is computed once, here."""
+        ...
+
+    def logprobs_at(self, temperature: float) -> Tensor:
+        """(N, C) float32 log-probabilities, C = V or K + 1 with the rest as last column; no gradient."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class DenseSignal:
+    """Logits of every id at every position; for small vocabularies, tests, and heads that cannot be had apart."""
+
+    logits: Tensor
+    """(N, V)"""
+    hidden_states: Tensor | None = None
+    """(B, T, H)"""
+
+    @property
+    def num_positions(self) -> int:
+        """N."""
+        return self.logits.shape[0]
+
+    @property
+    def support(self) -> None:
+        """The whole vocabulary."""
+        return None
+
+    def rows(self, start: int, stop: int, device: torch.device) -> "DenseSignal":
+        """Positions start to stop, on a device."""
+        return DenseSignal(self.logits[start:stop].detach().to(device, non_blocking=True))
+
+    def logprobs_at(self, temperature: float) -> Tensor:
+        """(N, V) float32 log-probabilities at a temperature; no gradient."""
+        return tempered_logprobs(self.logits.detach(), temperature)
+
+
+@dataclass(frozen=True, eq=False)
+class LiveSignal:
+    """Hidden states and head of a teacher that was asked just now; logits come into being a few rows at a time."""
+
+    hidden: Tensor
+    """(N, H)"""
+    head: Head
+    hidden_states: Tensor | None = None
+    """(B, T, H)"""
+
+    @property
+    def num_positions(self) -> int:
+        """N."""
+        return self.hidden.shape[0]
+
+    @property
+    def support(self) -> None:
+        """The whole vocabulary."""
+        return None
+
+    @torch.no_grad()
+    def rows(self, start: int, stop: int, device: torch.device) -> DenseSignal:
+        """Logits of positions start to stop: the head computes where it is, then they move."""
+        return DenseSignal(self.head.logits(self.hidden[start:stop])).rows(0, stop - start, device)
+
+    @torch.no_grad()
+    def logprobs_at(self, temperature: float) -> Tensor:
+        """(N, V) float32 log-probabilities of all positions at once; no gradient."""
+        return tempered_logprobs(self.head.logits(self.hidden), temperature)
+
+
+@dataclass(frozen=True, eq=False)
+class TopKSignal:
+    """The K most likely ids of every position, and how much mass all others hold together.
+
+    Softening needs every logit, so that log-probabilities and tail are kept for each temperature that will be asked.
+    """
+
+    ids: Tensor
+    """(N, K) integers, no id twice in a row"""
+    logprobs: dict[float, Tensor]
+    """temperature -> (N, K)"""
+    tail: dict[float, Tensor]
+    """temperature -> (N,) log of the mass of all other ids; −inf where K = V"""
+    hidden_states: Tensor | None = None
+    """(B, T, H)"""
+
+    def __post_init__(self) -> None:
+        if self.logprobs.keys() != self.tail.keys() or not self.logprobs:
+            raise ValueError(
+                f"top-k signal with log-probabilities at temperatures {sorted(self.logprobs)} and tails at "
+                f"{sorted(self.tail)}: give both for the same temperatures, at least one"
+            )
+        for temperature, kept in self.logprobs.items():
+            tail = self.tail[temperature]
+            if kept.shape != self.ids.shape or tail.shape != self.ids.shape[:1]:
+                raise ValueError(
+                    f"top-k signal at temperature {temperature}: ids {tuple(self.ids.shape)}, log-probabilities "
+                    f"{tuple(kept.shape)}, tail {tuple(tail.shape)}; they must be (N, K), (N, K) and (N,)"
+                )
+
+    @classmethod
+    @torch.no_grad()
+    def from_logits(cls, logits: Tensor, k: int, temperatures: Sequence[float]) -> "TopKSignal":
+        """Keep the k largest logits of each position.
+
+        Args:
+            logits: (N, V) the teacher's logits.
+            k: number of kept ids, 1 to V.
+            temperatures: those that will be asked for, each above 0.
+        Returns:
+            The signal on the logits' device; the tail is summed over the other ids, not taken as 1 − Σ, which would
+            leave nothing of a tail below 1e-7.
+        Raises:
+            ValueError: k is not within 1 to V; a temperature is not above 0; no temperature.
+        """
+        if not 1 <= k <= logits.shape[-1]:
+            raise ValueError(f"k={k}: give 1 to {logits.shape[-1]}, the number of ids")
+        ids = logits.topk(k, dim=-1).indices  # (N, K)
+        kept, tail = {}, {}
+        for temperature in temperatures:
+            buckets = bucket_logprobs(tempered_logprobs(logits, temperature), ids)  # (N, K + 1)
+            kept[temperature], tail[temperature] = buckets[:, :-1].clone(), buckets[:, -1].clone()
+        return cls(ids, kept, tail)
+
+    @property
+    def num_positions(self) -> int:
+        """N."""
+        return self.ids.shape[0]
+
+    @property
+    def support(self) -> Tensor:
+        """(N, K) int64 kept ids."""
+        return self.ids.long()
+
+    def rows(self, start: int, stop: int, device: torch.device) -> "TopKSignal":
+        """Positions start to stop, on a device."""
+
+        def cut(values: dict[float, Tensor]) -> dict[float, Tensor]:
+            return {t: v[start:stop].to(device, non_blocking=True) for t, v in values.items()}
+
+        ids = self.ids[start:stop].to(device, non_blocking=True)
+        return TopKSignal(ids, cut(self.logprobs), cut(self.tail))
+
+    def logprobs_at(self, temperature: float) -> Tensor:
+        """Log-probabilities at a cached temperature; no gradient.
+
+        Args:
+            temperature: one of those kept.
+        Returns:
+            (N, K + 1) float32, the tail last.
+        Raises:
+            ValueError: the temperature was not cached.
+        """
+        key = next((t for t in self.logprobs if math.isclose(t, temperature, rel_tol=1e-6)), None)
+        if key is None:
+            raise ValueError(
+                f"temperature {temperature} was asked of a top-k signal that holds {sorted(self.logprobs)}: a tail "
+                "cannot be softened after the fact; use one of these, or cache again with this temperature"
+            )
+        columns = torch.cat([self.logprobs[key], self.tail[key].unsqueeze(-1)], dim=-1)  # (N, K + 1)
+        return at_least_float32(columns.detach())
+
+
+def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Dtype of the head's matrix product.
+
+    Args:
+        hidden: the product's left side; its device decides whose autocast counts.
+        weight: the product's right side.
+    Returns:
+        The autocast dtype where autocast is on for the device, else the one that both promote to.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        return torch.get_autocast_dtype(hidden.device.type)
+    return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision as float32; float32 and float64 as they are.
+
+    Args:
+        values: any floating tensor.
+    Returns:
+        The same values.
+    """
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def tempered_logprobs(logits: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities of softened logits, log softmax(logits / temperature).
+
+    Args:
+        logits: (..., V); gradient flows.
+        temperature: above 0; above 1 flattens.
+    Returns:
+        (..., V) float32, float64 for float64.
+    Raises:
+        ValueError: temperature is not above 0.
+    """
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature {temperature}: give a finite number above 0")
+    logits = at_least_float32(logits)
+    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+
+
+def bucket_logprobs(logprobs: Tensor, ids: Tensor | None) -> Tensor:
+    """Log-probabilities over a signal's columns: kept ids, then all others as one.
+
+    Args:
+        logprobs: (N, V) log-probabilities; gradient flows, also where nothing is left for the last column.
+        ids: (N, K) int64, no id twice in a row; None for the whole vocabulary.
+    Returns:
+        (N, K + 1), the last column −inf where K = V; `logprobs` itself for None.
+    """
+    if ids is None:
+        return logprobs
+    kept = logprobs.gather(-1, ids)  # (N, K)
+    tail = logprobs.scatter(-1, ids, _LEFT_OUT).logsumexp(-1, keepdim=True)  # (N, 1)
+    tail = tail.masked_fill(tail < 0.5 * _LEFT_OUT, -math.inf)
+    return torch.cat([kept, tail], dim=-1)

@@ -1,0 +1,221 @@
+"""When a stage logs, saves, evaluates and stops, and what it shows meanwhile: callbacks of the trainer."""
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from kdkit.runtime import preserved_rng_state
+from kdkit.training.trainer import DistillTrainer
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to stop; everything up to the last complete step is saved.
+
+    Args:
+        signum: the signal.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+class StopRequest:
+    """Whether someone asked the run to stop; set by a signal, read between steps and between batches."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+
+    def check(self, *_: object) -> None:
+        """Leave a long job that has nothing of its own to save.
+
+        Raises:
+            Interrupted: someone asked to stop.
+        """
+        if self.signum is not None:
+            raise Interrupted(self.signum)
+
+    @contextmanager
+    def on_signals(self) -> Iterator["StopRequest"]:
+        """Turn the first Ctrl-C or SIGTERM into a request; a second one ends the process at once."""
+
+        def request(signum: int, frame: FrameType | None) -> None:
+            self.signum = signum
+            signal.signal(signum, signal.SIG_DFL)
+            print("stopping after this step; again to stop at once", file=sys.stderr)
+
+        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+class StageFlow(TrainerCallback):
+    """Decides at each optimizer step what happens next.
+
+    Args:
+        log_every: optimizer steps between log rows.
+        save_every: optimizer steps between checkpoints; 0: only at the end.
+        evaluate_every: optimizer steps between evaluations; 0: only at the end.
+        stop: asked after each step.
+        resumed_from: checkpoint that the trainer continues, or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        log_every: int,
+        save_every: int,
+        evaluate_every: int,
+        stop: StopRequest,
+        resumed_from: Path | None = None,
+    ) -> None:
+        self.log_every = log_every
+        self.save_every = save_every
+        self.evaluate_every = evaluate_every
+        self.stop = stop
+        self.resumed_from = resumed_from
+        self.trainer: DistillTrainer | None = None  # given after the trainer exists
+        self._weights_before: list[torch.Tensor] = []
+
+    def is_evaluation_step(self, step: int, num_steps: int) -> bool:
+        """Whether an evaluation belongs after this many completed steps."""
+        return step == num_steps or (self.evaluate_every > 0 and step > 0 and step % self.evaluate_every == 0)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Try evaluation, generation and saving before step 1, or take up what a checkpoint left."""
+        assert self.trainer is not None
+        if self.resumed_from is None:
+            with preserved_rng_state():
+                self.trainer.evaluate(limit=args.per_device_eval_batch_size)
+                self.trainer.check_saving()
+            return
+        self.trainer.restore_sums(self.resumed_from)
+        if self.is_evaluation_step(state.global_step, state.max_steps):
+            self.trainer.evaluate()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember the weights where the norm of their change will be logged."""
+        assert self.trainer is not None
+        self.trainer.begin_update()
+        if self._logs_after(state.global_step + 1, state.max_steps):
+            self._weights_before = [p.detach().clone() for p in self._trained()]
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure how far this step moved the weights."""
+        assert self.trainer is not None
+        if not self._weights_before:
+            return
+        moved = zip(self._trained(), self._weights_before, strict=True)
+        squares = torch.stack([(now.detach() - before).double().square().sum() for now, before in moved]).sum()
+        if self.trainer.is_fsdp_enabled:  # each process holds its own shard
+            squares = self.trainer.accelerator.reduce(squares, reduction="sum")
+        self.trainer.update_norm = math.sqrt(squares.item())
+        self._weights_before = []
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Settle the step and decide what follows it."""
+        assert self.trainer is not None
+        self.trainer.settle_step()
+        step, is_last = state.global_step, state.global_step >= state.max_steps
+        control.should_log = self._logs_after(step, state.max_steps)
+        control.should_save = is_last or (self.save_every > 0 and step % self.save_every == 0)
+        control.should_evaluate = self.is_evaluation_step(step, state.max_steps)
+        if self.stop.signum is not None:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def _logs_after(self, step: int, num_steps: int) -> bool:
+        return step % self.log_every == 0 or step == 1 or step == num_steps
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        assert self.trainer is not None
+        return [p for p in self.trainer.model.parameters() if p.requires_grad]
+
+
+class ConsoleProgress(TrainerCallback):
+    """A bar with the time left on a terminal, plain lines elsewhere; at most one line per log row, on stderr.
+
+    Args:
+        stage: shown before the bar.
+        seconds_between_lines: least time between two plain lines.
+    """
+
+    def __init__(self, stage: str, *, seconds_between_lines: float = 10.0) -> None:
+        self.stage = stage
+        self.seconds_between_lines = seconds_between_lines
+        self._bar: tqdm | None = None
+        self._started = self._last_line = 0.0
+        self._first_step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar at the step that training continues from."""
+        self._started = self._last_line = time.monotonic()
+        self._first_step = state.global_step
+        if state.is_world_process_zero and sys.stderr.isatty():
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage, unit="step")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show loss and parts, with the time left."""
+        if not logs or not state.is_world_process_zero:
+            return
+        parts = {name.removeprefix("part/"): f"{value:.4g}" for name, value in logs.items() if name[:5] == "part/"}
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{logs['loss']:.4g}", **parts)
+            return
+        now = time.monotonic()
+        is_last = state.global_step == state.max_steps
+        if now - self._last_line < self.seconds_between_lines and not is_last:
+            return
+        self._last_line = now
+        done = max(state.global_step - self._first_step, 1)
+        left = (state.max_steps - state.global_step) * (now - self._started) / done
+        figures = "  ".join(f"{name} {value}" for name, value in parts.items())
+        print(
+            f"{self.stage} {state.global_step}/{state.max_steps}  loss {logs['loss']:.4g}  {figures}  "
+            f"lr {logs['learning_rate']:.2e}  {left:.0f} s left",
+            file=sys.stderr,
+        )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,94 @@
+"""The folder of a run: opened once, refused when it belongs to another run, and read back to resume."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import yaml
+from pydantic import JsonValue
+
+from kdkit.config import DistillConfig, dump_config, load_config
+from kdkit.errors import UserError
+from kdkit.runtime import environment
+from kdkit.training.checkpoint import write_text
+from kdkit.training.metrics import MetricsFile
+
+CONFIG_FILE = "config.yaml"
+
+
+class RunFolder:
+    """Where one run keeps everything.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = MetricsFile(path / "metrics.jsonl")
+
+    @property
+    def model(self) -> Path:
+        """The finished student."""
+        return self.path / "model"
+
+    @property
+    def evaluation(self) -> Path:
+        """Figures of the finished run."""
+        return self.path / "evaluation.json"
+
+    def stage(self, name: str) -> Path:
+        """Folder of a stage."""
+        return self.path / "stages" / name
+
+    def open(self, config: DistillConfig, *, resume: bool) -> None:
+        """Make the folder for a new run, or check that it holds this very run.
+
+        Args:
+            config: the run that is about to start.
+            resume: continue what is there.
+        Raises:
+            UserError: the folder holds something and `resume` is off; or there is nothing to resume; or the run in it
+                has other settings (each is named).
+        """
+        config_file = self.path / CONFIG_FILE
+        if not resume:
+            self._refuse_occupied()
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(config_file, dump_config(config))
+            write_text(self.path / "environment.json", json.dumps(environment(), indent=1))
+            return
+        if not config_file.is_file():
+            raise UserError(f"{self.path} holds no run to resume; leave --resume out to start one")
+        changes = list(_differences(load_config(config_file), config))
+        if changes:
+            raise UserError(
+                f"{self.path} holds a run with other settings:\n  " + "\n  ".join(changes) + "\n"
+                "Resume it with its own config, or give a new --output"
+            )
+
+    def _refuse_occupied(self) -> None:
+        if self.path.is_file():
+            raise UserError(f"--output {self.path} is a file; give a folder")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            hint = "add --resume to continue the run in it, or " if (self.path / CONFIG_FILE).is_file() else ""
+            raise UserError(f"--output {self.path} exists and is not empty: {hint}give another folder")
+
+
+def _differences(held: DistillConfig, given: DistillConfig) -> Iterator[str]:
+    """Fields in which two configs differ."""
+    before, after = _flat(yaml.safe_load(dump_config(held))), _flat(yaml.safe_load(dump_config(given)))
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            yield f"{name}: {before.get(name)} there, {after.get(name)} given"
+
+
+def _flat(tree: Mapping[str, JsonValue], above: str = "") -> dict[str, JsonValue]:
+    """A tree as one level of dotted names."""
+    flat: dict[str, JsonValue] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{above}{name}.")
+        else:
+            flat[above + name] = value
+    return flat

@@ -1,0 +1,334 @@
+"""A run from its config: models, rows, stages in order, resume, figures at the end. What every command calls."""
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kdkit.config import DistillConfig
+from kdkit.config.reading import stage_config
+from kdkit.data import DistillCollator, EncodedRows, Rows, encode_rows, load_rows, tokenizer_relation
+from kdkit.errors import UserError
+from kdkit.evaluation import Evaluation, GenerationSettings, evaluate_model
+from kdkit.loading import (
+    check_finite_logits,
+    check_head,
+    load_model,
+    load_tokenizer,
+    shared_vocab_size,
+)
+from kdkit.runtime import Preflight, preflight, usable_dtype
+from kdkit.teacher.sources import LiveTeacher
+from kdkit.training import checkpoint
+from kdkit.training.flow import StopRequest
+from kdkit.training.folder import RunFolder
+from kdkit.training.objective import Objective
+from kdkit.training.stage import StageInputs, run_stage
+
+STAGE_SEED_STRIDE = 1000
+"""Distance between the seeds of two stages, so that runs with neighbouring seeds never share one."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run left."""
+
+    folder: Path
+    model: Path
+    """The finished student, as `from_pretrained` reads it."""
+    evaluations: dict[str, dict[str, float]]
+    """Figures of `student` and, where asked for, `teacher` and `before`."""
+    predictions: list[dict[str, object]]
+    """One row per final row: prompt, references, and the answer of each measured model."""
+
+
+def run_distillation(
+    config: DistillConfig, output: str | Path, *, resume: bool = False, stop: StopRequest | None = None
+) -> RunResult:
+    """Run every stage of a config and measure what came out.
+
+    Args:
+        config: the run.
+        output: its folder; new, or with `resume` one that holds the same run.
+        resume: continue from the newest whole checkpoint of the first unfinished stage.
+        stop: asked between steps and batches whether to stop.
+    Returns:
+        The finished student's folder and figures.
+    Raises:
+        UserError: settings, files or models do not fit; nothing was started.
+        RunFailed: the run broke off; what is done is saved.
+        Interrupted: a signal asked to stop; what is done is saved.
+    """
+    run = _Run(config, RunFolder(Path(output)), stop or StopRequest())
+    run.open(resume=resume)
+    student: Path | None = None
+    for index, name in enumerate(config.stages):
+        student = run.stage(index, name, after=student)
+    assert student is not None
+    return run.conclude(student)
+
+
+@dataclass
+class _Run:
+    """A run while it lasts: what its stages share."""
+
+    config: DistillConfig
+    folder: RunFolder
+    stop: StopRequest
+    machine: Preflight = field(default_factory=preflight)
+    _teacher: LiveTeacher | None = None
+
+    def open(self, *, resume: bool) -> None:
+        """Check machine, folder, tokenizers and rows before anything is trained."""
+        if not self.machine.ok:
+            raise UserError(f"{self.machine.problem}\n  {self.machine.remedy}")
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+        self.processes = PartialState(cpu=self.machine.device == "cpu")
+        self.tokenizer = self._load_tokenizers()
+        data = self.config.data
+        self.train = self._load_rows(data.train, data.train_rows)
+        self.validation = self._load_rows(data.validation, data.validation_rows)
+        self.test = self._load_rows(data.test, data.test_rows) if data.test else None
+        if self.processes.is_main_process:
+            self.folder.open(self.config, resume=resume)
+            self._announce()
+        self.processes.wait_for_everyone()
+
+    def stage(self, index: int, name: str, *, after: Path | None) -> Path:
+        """Run one stage unless it is already done; returns the folder of its student."""
+        folder = self.folder.stage(name)
+        if checkpoint.is_whole(folder / "model"):
+            return folder / "model"
+        settings = stage_config(self.config, name)
+        settings = settings.model_copy(update={"seed": self.config.seed + STAGE_SEED_STRIDE * index})
+        student = self._load_student(after)
+        teacher = self._load_teacher() if Objective(settings.objective).needs_teacher else None
+        vocab_size = self._shared_vocab_size(student) if teacher is not None else None
+        if teacher is not None:
+            teacher.vocab_size = vocab_size
+        inputs = StageInputs(
+            student=student,
+            tokenizer=self.tokenizer,
+            teacher=teacher,
+            train_rows=self._encode(self.train, settings).dataset,
+            eval_rows=self._encode(self.validation, settings).dataset,
+            collator=DistillCollator(self.tokenizer.pad_token_id),
+            generate=None if settings.evaluation.generate_rows == 0 else self._generate_with(settings),
+            vocab_size=vocab_size,
+            dense_student=_needs_dense_path(student, "student"),
+            precision=self._dtype_name(settings.optim.precision),
+            use_cpu=self.machine.device == "cpu",
+            adapters_from=after,
+        )
+        run_stage(settings, inputs, folder=folder, metrics=self.folder.metrics, stop=self.stop)
+        return folder / "model"
+
+    def conclude(self, student: Path) -> RunResult:
+        """Publish the last stage's student and measure it beside the teacher and where it started from."""
+        if self.processes.is_main_process and not checkpoint.is_whole(self.folder.model):
+            staged = self.folder.path / checkpoint.STAGING
+            checkpoint.clear_staging(self.folder.path)
+            shutil.copytree(student, staged)
+            checkpoint.publish(staged, self.folder.model)
+        self.processes.wait_for_everyone()
+        if not self.processes.is_main_process:
+            return RunResult(self.folder.path, self.folder.model, {}, [])
+        if not self.folder.evaluation.is_file():
+            self._measure_finals()
+        figures = json.loads(self.folder.evaluation.read_text(encoding="utf-8"))
+        return RunResult(self.folder.path, self.folder.model, figures["models"], figures["predictions"])
+
+    # ---- parts ----
+
+    def _load_tokenizers(self) -> PreTrainedTokenizerBase:
+        """The student's tokenizer, once it is proved that the teacher reads text in the same way."""
+        student, teacher = self.config.student, self.config.teacher
+        tokenizer = load_tokenizer(
+            student.path, revision=student.revision, trust_remote_code=student.trust_remote_code
+        )
+        other = load_tokenizer(
+            teacher.path, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
+        )
+        relation = tokenizer_relation(tokenizer, other)
+        if relation.kind == "different":
+            raise UserError(
+                f"teacher {teacher.path} and student {student.path} have different tokenizers "
+                f"({relation.evidence}): their token ids mean different text, so that their distributions cannot "
+                "be compared. Choose a student of the teacher's family"
+            )
+        return tokenizer
+
+    def _load_rows(self, source: str, limit: int | None) -> Rows:
+        data = self.config.data
+        return load_rows(
+            source, columns=data.columns, template=data.template, limit=limit, tokenizer=self.tokenizer
+        )
+
+    def _encode(self, rows: Rows, settings: DistillConfig) -> EncodedRows:
+        return encode_rows(
+            rows,
+            self.tokenizer,
+            max_length=settings.data.max_length,
+            max_prompt_length=settings.data.max_prompt_length,
+            unit=settings.objective.dtw.unit,
+        )
+
+    def _announce(self) -> None:
+        """Which rows, by content, and what was dropped."""
+        named = {"train": self.train, "validation": self.validation, "test": self.test}
+        for name, rows in named.items():
+            if rows is not None:
+                encoded = self._encode(rows, self.config)
+                print(f"{name}: {rows.report}, {encoded.report}, sha256 {rows.sha256[:12]}", file=sys.stderr)
+
+    def _load_student(self, after: Path | None) -> PreTrainedModel:
+        """The student as the stage before left it, or as the config names it."""
+        settings = self.config.student
+        student = load_model(
+            settings.path if after is None else after,
+            dtype=torch.float32,
+            device=self._device(),
+            attn_implementation=settings.attention,
+            trust_remote_code=settings.trust_remote_code,
+            from_scratch=settings.from_scratch and after is None,
+            seed=self.config.seed,
+        )
+        if settings.gradient_checkpointing:
+            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return student
+
+    def _load_teacher(self) -> LiveTeacher:
+        """The teacher, loaded once for all stages and checked on its first rows."""
+        if self._teacher is None:
+            settings = self.config.teacher
+            model = load_model(
+                settings.path,
+                dtype=getattr(torch, self._dtype_name(settings.dtype)),
+                device=self._device() if settings.device == "auto" else settings.device,
+                attn_implementation=settings.attention,
+                trust_remote_code=settings.trust_remote_code,
+            )
+            rows = self._encode(self.train, self.config).dataset
+            first = DistillCollator(self.tokenizer.pad_token_id)([rows[i] for i in range(min(4, len(rows)))])
+            check_finite_logits(model, first)
+            self._teacher = LiveTeacher(model, dense=_needs_dense_path(model, "teacher"))
+        return self._teacher
+
+    def _shared_vocab_size(self, student: PreTrainedModel) -> int | None:
+        return shared_vocab_size(self._load_teacher().model, student, len(self.tokenizer))
+
+    def _device(self) -> str:
+        return str(self.processes.device)
+
+    def _dtype_name(self, asked: str) -> str:
+        if asked != "auto":
+            return asked
+        return usable_dtype(self.machine.device, self.machine.capability).dtype
+
+    def _generation(self, settings: DistillConfig) -> GenerationSettings:
+        evaluation = settings.evaluation
+        return GenerationSettings(
+            max_new_tokens=evaluation.max_new_tokens,
+            batch_size=evaluation.batch_size,
+            num_beams=evaluation.num_beams,
+            sampling_temperature=evaluation.sampling_temperature,
+            top_p=evaluation.top_p,
+            seed=settings.seed,
+        )
+
+    def _generate_with(self, settings: DistillConfig) -> "_ValidationAnswers":
+        """What the trainer calls to have the student answer validation rows."""
+        return _ValidationAnswers(
+            self.validation,
+            self.tokenizer,
+            self._generation(settings),
+            settings.evaluation.generate_rows,
+            self.stop,
+        )
+
+    def _measure_finals(self) -> None:
+        """Answer and score the final rows with every model of the comparison; one file, written at the end."""
+        rows = self.test or self.validation
+        measured: dict[str, Evaluation] = {}
+        for name, path, from_scratch in self._finalists():
+            print(f"measuring {name} on {len(rows)} rows", file=sys.stderr)
+            model = load_model(
+                path, dtype=torch.float32, device=self._device(), from_scratch=from_scratch, seed=self.config.seed
+            )
+            measured[name] = self._measure(model, rows)
+        if self.config.evaluation.teacher:
+            print(f"measuring teacher on {len(rows)} rows", file=sys.stderr)
+            measured["teacher"] = self._measure(self._load_teacher().model, rows)
+        predictions = [
+            {"prompt": row["prompt"], "references": row["references"]}
+            | {name: evaluation.predictions[index] for name, evaluation in measured.items()}
+            for index, row in enumerate(rows.dataset)
+        ]
+        models = {name: evaluation.summary() for name, evaluation in measured.items()}
+        document = {"rows": rows.sha256, "models": models, "predictions": predictions}
+        checkpoint.write_text(self.folder.evaluation, json.dumps(document, indent=1, ensure_ascii=False))
+
+    def _finalists(self) -> list[tuple[str, str | Path, bool]]:
+        """Students to measure: the finished one, and its start unless that was random."""
+        before: list[tuple[str, str | Path, bool]] = []
+        if not self.config.student.from_scratch:
+            before = [("before", self.config.student.path, False)]
+        return [("student", self.folder.model, False), *before]
+
+    def _measure(self, model: PreTrainedModel, rows: Rows) -> Evaluation:
+        data = self.config.data
+        return evaluate_model(
+            model,
+            self.tokenizer,
+            rows,
+            self._generation(self.config),
+            max_length=data.max_length,
+            max_prompt_length=data.max_prompt_length,
+            resamples=self.config.evaluation.resamples,
+            progress=self.stop.check,
+        )
+
+
+@dataclass(frozen=True)
+class _ValidationAnswers:
+    """Lets the student answer validation rows while it trains."""
+
+    rows: Rows
+    tokenizer: PreTrainedTokenizerBase
+    settings: GenerationSettings
+    limit: int | None
+    stop: StopRequest
+
+    def __call__(self, student: PreTrainedModel, limit: int | None) -> Mapping[str, float]:
+        """ROUGE-L, exact match, and how long and how complete the answers are."""
+        from kdkit.evaluation import generate_answers, score_predictions
+
+        limits = [n for n in (self.limit, limit) if n is not None]
+        rows = self.rows.dataset.select(range(min([len(self.rows), *limits])))
+        settings = replace(self.settings, max_new_tokens=2) if limit is not None else self.settings
+        answers = generate_answers(
+            student, self.tokenizer, rows["prompt"], settings, progress=self.stop.check
+        )
+        scores = score_predictions([a.text for a in answers], rows["references"], resamples=0)
+        return {
+            "rouge_l": scores.rouge_l.value,
+            "exact_match": scores.exact_match.value,
+            "mean_tokens": sum(a.num_tokens for a in answers) / len(answers),
+            "ended_fraction": sum(a.ended for a in answers) / len(answers),
+        }
+
+
+def _needs_dense_path(model: PreTrainedModel, role: str) -> bool:
+    """Whether a model's head cannot be applied apart from its body; said once, with the reason."""
+    reason = check_head(model)
+    if reason is None:
+        return False
+    print(f"{role}: logits are taken whole, which costs memory, because {reason}", file=sys.stderr)
+    return True

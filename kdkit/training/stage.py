@@ -1,0 +1,209 @@
+"""One stage of a run: its length, its trainer, and the student it leaves behind."""
+
+import math
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kdkit.config import DistillConfig
+from kdkit.data.batch import DistillCollator
+from kdkit.teacher.sources import TeacherSource
+from kdkit.training import checkpoint
+from kdkit.training.arguments import num_warmup_steps, training_arguments
+from kdkit.training.flow import ConsoleProgress, StageFlow, StopRequest
+from kdkit.training.metrics import MetricsFile
+from kdkit.training.model import DistillModel
+from kdkit.training.objective import Objective
+from kdkit.training.trainer import ADAPTERS_FILE, DistillTrainer, Generate
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """What a stage works on."""
+
+    student: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    teacher: TeacherSource | None
+    train_rows: Dataset
+    eval_rows: Dataset
+    collator: DistillCollator
+    generate: Generate | None
+    vocab_size: int | None
+    """Leading token ids that student and teacher share; None where their widths agree."""
+    dense_student: bool
+    """Whether the student's logits have to come from its own forward pass."""
+    precision: str
+    use_cpu: bool
+    adapters_from: Path | None
+    """Folder of an earlier stage whose adapters are taken over where they fit."""
+
+
+def count_steps(config: DistillConfig, *, num_rows: int, num_processes: int) -> int:
+    """Optimizer steps of a stage.
+
+    Args:
+        config: the stage's config.
+        num_rows: training rows.
+        num_processes: processes that share them.
+    Returns:
+        `optim.max_steps`, else enough for `optim.epochs` passes; at least 1.
+    """
+    if config.optim.max_steps is not None:
+        return config.optim.max_steps
+    batches = math.ceil(num_rows / (config.optim.batch_size * num_processes))
+    return max(math.ceil(config.optim.epochs * math.ceil(batches / config.optim.accumulation)), 1)
+
+
+def run_stage(
+    config: DistillConfig,
+    inputs: StageInputs,
+    *,
+    folder: Path,
+    metrics: MetricsFile,
+    stop: StopRequest,
+) -> None:
+    """Train one stage from its newest whole checkpoint, or from the start, and leave `folder/model`.
+
+    Args:
+        config: the stage's config, with its own seed.
+        inputs: models, rows and how to batch them.
+        folder: the stage's folder; its checkpoints are looked for here.
+        metrics: the run's log; what a lost part of this stage wrote is cut off.
+        stop: asked after each step.
+    Raises:
+        Interrupted: a signal asked to stop; the last complete step is saved.
+        RunFailed: something was not finite, or a checkpoint could not be written.
+    """
+    (name,) = config.stages
+    folder.mkdir(parents=True, exist_ok=True)
+    num_steps = _count_steps_here(config, inputs)
+    resumed_from = checkpoint.newest_checkpoint(folder)
+    flow = StageFlow(
+        log_every=config.logging.every_steps,
+        save_every=config.checkpoint.every_steps,
+        evaluate_every=config.evaluation.every_steps,
+        stop=stop,
+        resumed_from=resumed_from,
+    )
+    trainer = DistillTrainer(
+        _build_model(config, inputs),
+        training_arguments(
+            config, folder, num_steps=num_steps, precision=inputs.precision, use_cpu=inputs.use_cpu
+        ),
+        stage=name,
+        collator=inputs.collator,
+        train_rows=inputs.train_rows,
+        eval_rows=inputs.eval_rows,
+        teacher=inputs.teacher,
+        tokenizer=inputs.tokenizer,
+        metrics=metrics,
+        generate=inputs.generate,
+        on_nonfinite=config.objective.on_nonfinite,
+        keep=config.checkpoint.keep,
+        callbacks=[flow, ConsoleProgress(name)],
+    )
+    flow.trainer = trainer
+    if trainer.is_world_process_zero():
+        metrics.cut(name, step=_step_of(resumed_from))
+        print(describe_stage(config, inputs, num_steps, resumed_from), file=sys.stderr)
+    if _step_of(resumed_from) < num_steps:
+        trainer.train(resume_from_checkpoint=str(resumed_from) if resumed_from else None)
+    else:
+        trainer.finish(resumed_from, num_steps)
+    stop.check()
+    _leave_model(trainer, folder)
+
+
+def describe_stage(
+    config: DistillConfig, inputs: StageInputs, num_steps: int, resumed_from: Path | None
+) -> str:
+    """The banner of a stage: what will happen, in the units in which it happens.
+
+    Args:
+        config: the stage's config.
+        inputs: what it works on.
+        num_steps: its optimizer steps.
+        resumed_from: the checkpoint it continues, or None.
+    Returns:
+        A few lines of text.
+    """
+    (name,) = config.stages
+    optim, warmup = config.optim, num_warmup_steps(config, num_steps)
+    processes = _num_processes()
+    rows = optim.batch_size * optim.accumulation * processes
+    terms = ", ".join(
+        f"{term.name} {term.config.weight.start:g}"
+        + ("" if term.config.weight.is_constant else f"..{term.config.weight.end:g}")
+        for term in Objective(config.objective).terms
+    )
+    lines = [
+        f"stage {name}: {num_steps} optimizer steps, warm-up {warmup} ({warmup / num_steps:.0%}), "
+        f"{optim.scheduler} from {optim.learning_rate:g}, seed {config.seed}",
+        f"  terms: {terms} (kd loss: {config.objective.kd.loss})",
+        f"  batch: {optim.batch_size} rows x {optim.accumulation} accumulation x {processes} "
+        f"processes = {rows} rows a step, {inputs.precision}",
+        f"  rows: {len(inputs.train_rows)} to train on, "
+        f"{num_steps * rows / len(inputs.train_rows):.1f} passes; {len(inputs.eval_rows)} to evaluate on",
+    ]
+    if resumed_from is not None:
+        lines.append(f"  resumed from {resumed_from.name}")
+    return "\n".join(lines)
+
+
+def _count_steps_here(config: DistillConfig, inputs: StageInputs) -> int:
+    return count_steps(config, num_rows=len(inputs.train_rows), num_processes=_num_processes())
+
+
+def _num_processes() -> int:
+    from accelerate import PartialState
+
+    return PartialState().num_processes
+
+
+def _step_of(path: Path | None) -> int:
+    """Completed steps of a checkpoint; 0 without one."""
+    return 0 if path is None else int(path.name.removeprefix(checkpoint.PREFIX))
+
+
+def _build_model(config: DistillConfig, inputs: StageInputs) -> DistillModel:
+    """Student, objective and adapters, the latter taken over from an earlier stage where they fit."""
+    model = DistillModel(
+        inputs.student,
+        Objective(config.objective),
+        teacher_hidden_size=None if inputs.teacher is None else inputs.teacher.hidden_size,
+        vocab_size=inputs.vocab_size,
+        dense=inputs.dense_student,
+    )
+    file = None if inputs.adapters_from is None else inputs.adapters_from / ADAPTERS_FILE
+    if file is not None and file.is_file() and len(model.adapters):
+        model.adapters.load_state_dict(load_file(file))
+    return model
+
+
+def _leave_model(trainer: DistillTrainer, folder: Path) -> None:
+    """Publish the stage's student as `folder/model`; only then is the stage done."""
+    newest = checkpoint.newest_checkpoint(folder)
+    assert newest is not None
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.should_save:
+        staged = folder / checkpoint.STAGING
+        checkpoint.clear_staging(folder)
+        staged.mkdir()
+        for file in newest.iterdir():
+            if file.suffix in {".safetensors", ".jinja", ".model", ".txt"} or _is_model_json(file):
+                shutil.copy2(file, staged / file.name)
+        checkpoint.publish(staged, folder / "model")
+    trainer.accelerator.wait_for_everyone()
+
+
+def _is_model_json(file: Path) -> bool:
+    """Whether a JSON file of a checkpoint belongs to the model, not to the training."""
+    ours = {checkpoint.SEAL, "trainer_state.json", "kdkit_state.json"}
+    return file.suffix == ".json" and file.name not in ours
+
+

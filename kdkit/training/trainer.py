@@ -1,0 +1,475 @@
+"""transformers' Trainer with distillation's counting, feeding, evaluating and saving; no arithmetic of losses in here.
+
+What the Trainer does well stays its own: optimizer, learning-rate schedule, accumulation, mixed precision, clipping,
+DDP and FSDP, resuming. Each method below exists because the Trainer's own would fail silently under distillation; its
+docstring says how.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import TrainOutput
+
+from kdkit.data.batch import DistillCollator
+from kdkit.errors import RunFailed
+from kdkit.runtime import preserved_rng_state, rng_state, set_rng_state
+from kdkit.teacher.sources import TeacherSource
+from kdkit.training import checkpoint
+from kdkit.training.metrics import MetricsFile, RunningSums
+from kdkit.training.model import DistillModel
+from kdkit.training.objective import Item, Moment
+
+logger = logging.getLogger(__name__)
+
+ADAPTERS_FILE = "adapters.safetensors"
+STATE_FILE = "kdkit_state.json"
+Generate = Callable[[PreTrainedModel, int | None], Mapping[str, float]]
+
+
+class DistillTrainer(Trainer):
+    """Trains a `DistillModel` against a teacher's signal.
+
+    Args:
+        model: student, adapters and objective.
+        args: made by `kdkit.training.arguments.training_arguments`; `max_steps` is set.
+        stage: name of the stage, for messages and log rows.
+        collator: makes batches.
+        train_rows: tokenised training rows.
+        eval_rows: tokenised rows of the evaluation while training.
+        teacher: where the signal comes from; None where no term needs it.
+        tokenizer: saved with every checkpoint.
+        metrics: file of log rows.
+        generate: answers validation rows with the student and measures them; called with the student and a limit of
+            rows (None: all). None: no generation while training.
+        on_nonfinite: what a NaN or infinite loss or gradient does, "stop" or "skip".
+        keep: newest checkpoints that stay.
+        callbacks: further callbacks, after the trainer's own.
+    """
+
+    def __init__(
+        self,
+        model: DistillModel,
+        args: TrainingArguments,
+        *,
+        stage: str,
+        collator: DistillCollator,
+        train_rows: Dataset,
+        eval_rows: Dataset,
+        teacher: TeacherSource | None,
+        tokenizer: PreTrainedTokenizerBase,
+        metrics: MetricsFile,
+        generate: Generate | None = None,
+        on_nonfinite: str = "stop",
+        keep: int = 2,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.stage = stage
+        self.teacher = teacher
+        self.metrics = metrics
+        self.generate = generate
+        self.on_nonfinite = on_nonfinite
+        self.keep = keep
+        self.sums = RunningSums()
+        self.objective = model.objective
+        self.num_skipped_steps = 0
+        self.update_norm: float | None = None
+        self._last_inputs: Mapping[str, Tensor | int] = {}
+        self._settled_rng: dict | None = None
+        self._last_row_at = time.monotonic()
+        self._staging = False
+        self._checkpoint_bytes = 0
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+
+    # ---- what is counted -------------------------------------------------------------------------------------
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[Mapping[str, Tensor | int]], device: torch.device
+    ) -> dict[Item, float]:
+        """Items of each kind over the accumulation window and all processes; the Trainer's own counts labels only."""
+        tokens = sum(batch["positions"].numel() for batch in batch_samples)
+        sequences = sum(int(batch["num_sequences"]) for batch in batch_samples)
+        counts = torch.tensor([tokens, sequences], device=device)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        tokens, sequences = counts.tolist()
+        return {"tokens": float(tokens), "sequences": float(sequences)}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: dict[Item, float] | None = None,
+    ) -> Tensor:
+        """This micro-batch's share of the window's loss, times the processes, over which DDP and FSDP average."""
+        assert num_items_in_batch is not None
+        moment = Moment(self.state.global_step, self.state.max_steps, num_items_in_batch)
+        outputs = model(**inputs, signal=self._signal(inputs, moment), moment=moment)
+        self._last_inputs = inputs
+        self._record(outputs, moment)
+        loss = outputs["loss"]
+        if self.on_nonfinite == "stop" and not torch.isfinite(loss):
+            culprits = [name for name, value in outputs["sums"].items() if not torch.isfinite(value)]
+            self._stop_at_nonfinite(f"the loss is {loss.item()}; term {' and '.join(culprits) or 'total'}")
+        return loss * self.accelerator.num_processes
+
+    def _signal(self, inputs: Mapping[str, Tensor | int], moment: Moment) -> object | None:
+        """The teacher's signal where a term that is active now looks at it."""
+        active = any(term.needs_teacher and term.weight(moment) > 0 for term in self.objective.terms)
+        if not active:
+            return None
+        assert self.teacher is not None
+        return self.teacher(inputs)
+
+    def _record(self, outputs: Mapping[str, Any], moment: Moment) -> None:
+        """Add a micro-batch's parts to the sums of the next log row."""
+        for term in self.objective.terms:
+            if term.name not in outputs["sums"]:
+                continue
+            value = outputs["sums"][term.name]
+            self.sums.add(f"part/{term.name}", value / max(moment.counts[term.counts], 1.0))
+            self.sums.add(f"weighted/{term.name}", value * self.objective.coefficient(term, moment))
+        for name, pair in outputs["statistics"].items():
+            self.sums.add(name, pair)
+        self.sums.add("tokens", torch.tensor(float(self._last_inputs["positions"].numel())))
+
+    # ---- what is not finite ----------------------------------------------------------------------------------
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> float:
+        """The gradient's norm; a non-finite one stops the run or empties the step instead of poisoning the weights."""
+        norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
+        if math.isfinite(norm) or self.accelerator.scaler is not None:  # a loss scaler skips such steps by itself
+            return norm
+        if self.on_nonfinite == "stop":
+            self._stop_at_nonfinite(f"the gradient's norm is {norm} although the loss is finite")
+        model.zero_grad()
+        self.sums.forget_step()
+        self.num_skipped_steps += 1
+        return norm
+
+    def _stop_at_nonfinite(self, what: str) -> None:
+        """Save the batch and end the run; weights, and so the last checkpoint, are those of the last good step."""
+        folder = Path(self.args.output_dir)
+        file = folder / f"nonfinite-batch-{self.state.global_step + 1}.safetensors"
+        tensors = {name: value.contiguous() for name, value in self._last_inputs.items() if torch.is_tensor(value)}
+        save_file(tensors, file)
+        raise RunFailed(
+            f"stage {self.stage}, step {self.state.global_step + 1}: {what}. The batch is saved as {file}. "
+            "Usual causes: a learning rate too high, fp16 overflow in the student or teacher (try "
+            "optim.precision=float32, teacher.dtype=float32), a temperature far from 1."
+        )
+
+    # ---- what is trained -------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over student and adapters; adapters get their own learning rate and no weight decay."""
+        if self.optimizer is not None:
+            return self.optimizer
+        trained = self.model if model is None else model
+        decayed = set(self.get_decay_parameter_names(trained))
+        student: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        adapters: list[nn.Parameter] = []
+        for name, parameter in trained.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            is_adapter = name.replace("_fsdp_wrapped_module.", "").startswith("adapters.")
+            (adapters if is_adapter else student[name in decayed]).append(parameter)
+        groups: list[dict[str, Any]] = [
+            {"params": student[True], "weight_decay": self.args.weight_decay},
+            {"params": student[False], "weight_decay": 0.0},
+        ]
+        if adapters:
+            rate = self.objective.config.dtw.projector_learning_rate
+            groups.append({"params": adapters, "weight_decay": 0.0, "lr": rate})
+        optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, trained)
+        self.optimizer = optimizer_class(groups, **arguments)
+        return self.optimizer
+
+    # ---- what is evaluated -----------------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, limit: int | None = None, **kwargs: Any) -> dict[str, float]:
+        """The training objective at this step's weights, by sums and counts, and the student's own answers.
+
+        The Trainer's own averages batch means, and would draw from the random state that training continues with.
+
+        Args:
+            *args, **kwargs: of the Trainer's method; not used.
+            limit: rows to look at; None: all.
+        Returns:
+            Figures under the names of metrics.jsonl, each with `eval_` before it.
+        """
+        with preserved_rng_state():
+            figures = self._measure_objective(limit)
+            if self.generate is not None and not self.is_fsdp_enabled and self.is_world_process_zero():
+                figures |= self.generate(self.model.student, limit)
+            self.accelerator.wait_for_everyone()
+        if limit is None and self.is_world_process_zero():
+            self.metrics.append({"kind": "eval", "stage": self.stage, "step": self.state.global_step, **figures})
+        prefixed = {f"eval_{name}": value for name, value in figures.items()}
+        if limit is None:
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, prefixed)
+        return prefixed
+
+    @torch.no_grad()
+    def _measure_objective(self, limit: int | None) -> dict[str, float]:
+        """Objective and cross-entropy over the evaluation rows, every row counted once whatever the batches."""
+        model = self.model_wrapped if self.is_fsdp_enabled else self.model
+        model.eval()
+        moment = Moment(self.state.global_step, self.state.max_steps)
+        totals = RunningSums()
+        for batch, counted in self._evaluation_batches(limit):
+            inputs = self._prepare_inputs(batch)
+            outputs = model(
+                **inputs, signal=self._signal(inputs, moment), moment=moment, extras=("label_logprobs",)
+            )
+            if counted:
+                self._add_to_totals(totals, outputs, inputs)
+        totals.complete_step()
+        sums = self._over_processes(totals)
+        figures: dict[str, float] = {"loss": 0.0}
+        for term in self.objective.terms:
+            if term.name in sums:
+                part = sums[term.name] / max(sums[term.counts], 1.0)
+                figures[f"part/{term.name}"] = part
+                figures["loss"] += part * term.weight(moment) * term.scale(moment)
+        figures["cross_entropy"] = sums["nll"] / max(sums["tokens"], 1.0)
+        figures["perplexity"] = math.exp(min(figures["cross_entropy"], 700.0))  # beyond 700 a float overflows
+        return figures
+
+    def _evaluation_batches(self, limit: int | None) -> Iterator[tuple[dict[str, Any], bool]]:
+        """This process's batches; each process gets as many, so a repeated one is marked as not counted."""
+        rows = self.eval_dataset if limit is None else self.eval_dataset.select(range(min(limit, len(self.eval_dataset))))
+        loader = DataLoader(rows, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
+        num, rank = self.accelerator.num_processes, self.accelerator.process_index
+        batches = list(loader) if num > 1 else loader
+        if num == 1:
+            yield from ((batch, True) for batch in batches)
+            return
+        for start in range(0, len(batches), num):
+            mine = start + rank
+            yield batches[min(mine, len(batches) - 1)], mine < len(batches)
+
+    def _add_to_totals(self, totals: RunningSums, outputs: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+        for name, value in outputs["sums"].items():
+            totals.add(name, value)
+        device = outputs["loss"].device
+        totals.add("nll", -outputs["extras"]["label_logprobs"].double().sum())
+        totals.add("tokens", torch.tensor(float(inputs["positions"].numel()), device=device))
+        totals.add("sequences", torch.tensor(float(inputs["num_sequences"]), device=device))
+
+    def _over_processes(self, sums: RunningSums) -> dict[str, float]:
+        """Scalar sums added over all processes, as numbers."""
+        values, _ = sums.take()
+        names = sorted(values)
+        stacked = torch.stack([values[name].to(self.args.device) for name in names])
+        if self.accelerator.num_processes > 1:
+            stacked = self.accelerator.reduce(stacked, reduction="sum")
+        return dict(zip(names, stacked.tolist(), strict=True))
+
+    # ---- what is logged --------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """One row per log step, from our own sums: the Trainer's loss starts anew after a resume."""
+        if "loss" not in logs:  # the summary at the end of training; the report makes a better one
+            return
+        row = {**self._train_figures(), "learning_rate": logs["learning_rate"], "grad_norm": logs["grad_norm"]}
+        row["epoch"] = self.state.epoch or 0.0
+        if self.update_norm is not None:
+            row["update_norm"] = self.update_norm
+        if self.num_skipped_steps:
+            row["skipped_steps"] = float(self.num_skipped_steps)
+        self.state.log_history.append({**row, "step": self.state.global_step})
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, row)
+        if self.is_world_process_zero():
+            self.metrics.append({"kind": "train", "stage": self.stage, "step": self.state.global_step, **row})
+
+    def _train_figures(self) -> dict[str, float]:
+        """Means over the steps since the last row, and the weights of the last of them."""
+        values, num_steps = self.sums.take()
+        if not values:  # every step since the last row was skipped
+            return {"loss": math.nan}
+        names = sorted(values)
+        flat = torch.cat([values[name].reshape(-1).to(self.args.device) for name in names])
+        if self.accelerator.num_processes > 1:
+            flat = self.accelerator.reduce(flat, reduction="sum")
+        split = flat.split([values[name].numel() for name in names])
+        numbers = {name: value.tolist() for name, value in zip(names, split, strict=True)}
+        tokens, seconds = numbers.pop("tokens")[0], time.monotonic() - self._last_row_at
+        self._last_row_at = time.monotonic()
+        row = {"loss": 0.0, "tokens": tokens / num_steps, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        for name, number in numbers.items():
+            row[name] = number[0] / num_steps if len(number) == 1 else number[0] / max(number[1], 1e-30)
+            row["loss"] += row[name] if name.startswith("weighted/") else 0.0
+        moment = Moment(self.state.global_step - 1, self.state.max_steps)
+        for term in self.objective.terms:
+            row[f"weight/{term.name}"] = term.weight(moment)
+        row["kd_temperature"] = self.objective.vocabulary_terms[0].temperature(moment)
+        return row
+
+    # ---- what is saved ---------------------------------------------------------------------------------------
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Log, save, evaluate: the Trainer evaluates first and loses the interval when that crashes."""
+        wants_evaluation, self.control.should_evaluate = self.control.should_evaluate, False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if wants_evaluation:
+            self.evaluate()
+
+    def begin_update(self) -> None:
+        """Mark that weights are about to change: until the step is settled, no checkpoint of it can be written."""
+        self._settled_rng = None
+
+    def settle_step(self) -> None:
+        """Mark the end of an optimizer step: from here a checkpoint can be written, also after a later failure."""
+        self.sums.complete_step()
+        self._settled_rng = rng_state()
+
+    def check_saving(self) -> None:
+        """Write a checkpoint and throw it away."""
+        self._save_checkpoint(self.model_wrapped, publish=False)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """The staging folder while a checkpoint is written, so that a half-written one never has a checkpoint's name."""
+        folder = Path(self.args.output_dir)
+        return str(folder / checkpoint.STAGING if self._staging else folder)
+
+    @contextmanager
+    def _into_staging(self) -> Iterator[Path]:
+        folder = Path(self.args.output_dir)
+        if self.args.should_save:
+            checkpoint.clear_staging(folder)
+            (folder / checkpoint.STAGING).mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = True
+        try:
+            yield folder / checkpoint.STAGING / f"{checkpoint.PREFIX}{self.state.global_step}"
+            self.accelerator.wait_for_everyone()
+        finally:
+            self._staging = False
+            if self.args.should_save:
+                checkpoint.clear_staging(folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None, *, publish: bool = True) -> None:
+        """Write a whole checkpoint or none; `publish=False` writes and throws away, to see whether it works."""
+        folder = Path(self.args.output_dir)
+        final = folder / f"{checkpoint.PREFIX}{self.state.global_step}"
+        if publish and checkpoint.is_whole(final):
+            return
+        if self.args.should_save:
+            checkpoint.check_room(folder, self._needed_bytes())
+        try:
+            with self._into_staging() as staged:
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._checkpoint_bytes = sum(file.stat().st_size for file in staged.rglob("*") if file.is_file())
+                    if publish:
+                        checkpoint.publish(staged, final)
+                        checkpoint.rotate(folder, keep=self.keep)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise RunFailed(
+                f"stage {self.stage}, step {self.state.global_step}: the checkpoint could not be written ({error}). "
+                "Nothing half-written is left and the previous checkpoint is kept."
+            ) from error
+        self.accelerator.wait_for_everyone()
+
+    def _needed_bytes(self) -> int:
+        """Size of the last checkpoint, or of weights and optimizer state before there is one."""
+        parameters = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return self._checkpoint_bytes or 3 * parameters
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Student as `from_pretrained` reads it, adapters beside it, and the sums of the next log row."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = {"student.": None, "adapters.": None}
+        if state_dict is not None:
+            parts = {
+                prefix: {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+                for prefix in parts
+            }
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        unwrapped.student.save_pretrained(folder, state_dict=parts["student."], max_shard_size="1000GB")
+        adapters = parts["adapters."] if state_dict is not None else unwrapped.adapters.state_dict()
+        if adapters:
+            save_file({name: value.contiguous() for name, value in adapters.items()}, folder / ADAPTERS_FILE)
+        self.processing_class.save_pretrained(folder)
+        state = {"sums": self.sums.state(), "num_skipped_steps": self.num_skipped_steps}
+        (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Student and adapters back into place, every key accounted for."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        folder = Path(resume_from_checkpoint)
+        load_model(self.model.student, folder / "model.safetensors", device=str(self.args.device))
+        if len(self.model.adapters):
+            self.model.adapters.load_state_dict(load_file(folder / ADAPTERS_FILE))
+
+    def restore_sums(self, folder: Path) -> None:
+        """Go on with the sums of the next log row as a checkpoint left them."""
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        self.sums.restore(state["sums"], self.args.device)
+        self.num_skipped_steps = state["num_skipped_steps"]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Train; whatever ends it early, the last complete step is on disk afterwards."""
+        self._settled_rng = None
+        finished = False
+        try:
+            output = super().train(resume_from_checkpoint, **kwargs)
+            finished = True
+            return output
+        finally:
+            if not finished and self._settled_rng is not None:
+                self._save_emergency_checkpoint(self._settled_rng)
+
+    def finish(self, folder: Path, num_steps: int) -> None:
+        """Take up a checkpoint of the last step: nothing is left to train, only its evaluation may be missing."""
+        self._load_from_checkpoint(str(folder))
+        self.accelerator.prepare_model(self.model, evaluation_mode=True)  # autocast as while training
+        self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        self.state.is_world_process_zero = self.accelerator.is_main_process
+        assert self.state.global_step == num_steps
+        self.evaluate()
+
+    def _save_emergency_checkpoint(self, settled_rng: dict) -> None:
+        """A checkpoint of the last complete step, exact to the random state; only where no other process waits."""
+        if self.accelerator.num_processes > 1:
+            return
+        self.sums.forget_step()
+        set_rng_state(settled_rng)
+        try:
+            self._save_checkpoint(self.model_wrapped)
+        except RunFailed as error:
+            logger.error("no emergency checkpoint: %s", error)

@@ -1,0 +1,131 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DEMO = Path(__file__).parents[1] / "data" / "demo"
+SPLITS = ("train", "validation", "test")
+TEACHER_LIMIT_BYTES = 6_000_000
+
+
+def read_rows(split):
+    lines = (DEMO / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def references_of(row):
+    return row["output"] if isinstance(row["output"], list) else [row["output"]]
+
+
+def run_maker(program, folder):
+    subprocess.run([sys.executable, program, folder], check=True, capture_output=True, timeout=60)
+
+
+class TestMakeRows:
+    def test_writes_the_committed_bytes(self, tmp_path):
+        run_maker(DEMO / "make_rows.py", tmp_path)
+        for split in SPLITS:
+            made = (tmp_path / f"{split}.jsonl").read_bytes()
+            assert made == (DEMO / f"{split}.jsonl").read_bytes(), split
+
+    def test_another_seed_writes_other_rows(self, tmp_path):
+        for name in ("make_rows.py", "words.py"):
+            shutil.copy(DEMO / name, tmp_path)
+        program = tmp_path / "make_rows.py"
+        text = program.read_text(encoding="utf-8")
+        program.write_text(text.replace("\nSEED = ", "\nSEED = 1"), encoding="utf-8")
+        run_maker(program, tmp_path)
+        assert (tmp_path / "test.jsonl").read_bytes() != (DEMO / "test.jsonl").read_bytes()
+
+
+class TestRows:
+    @pytest.mark.parametrize(
+        ("split", "fewest", "most"),
+        [("train", 4000, 5000), ("validation", 400, 400), ("test", 500, 500)],
+    )
+    def test_split_sizes(self, split, fewest, most):
+        assert fewest <= len(read_rows(split)) <= most
+
+    @pytest.mark.parametrize("split", SPLITS)
+    def test_every_row_has_the_three_fields_and_an_instruction(self, split):
+        for row in read_rows(split):
+            assert set(row) == {"instruction", "input", "output"}
+            assert row["instruction"].strip() == row["instruction"] != ""
+            assert row["input"].strip() == row["input"]
+
+    @pytest.mark.parametrize("split", SPLITS)
+    def test_answers_are_distinct_sentences(self, split):
+        for row in read_rows(split):
+            references = references_of(row)
+            assert references
+            assert len(set(references)) == len(references)
+            for text in references:
+                assert text[-1] == "."
+                assert text[0] == text[0].upper()
+                assert "  " not in text
+                assert 5 <= len(text.split()) <= 32, text
+
+    @pytest.mark.parametrize("split", SPLITS)
+    def test_some_answers_have_several_wordings_and_some_prompts_no_input(self, split):
+        rows = read_rows(split)
+        several = sum(isinstance(row["output"], list) for row in rows)
+        without_input = sum(row["input"] == "" for row in rows)
+        assert 0 < several < len(rows)
+        assert 0 < without_input < len(rows) / 4
+
+    def test_no_question_stands_in_two_rows_even_under_another_instruction(self):
+        questions = [
+            row["input"] or row["instruction"] for split in SPLITS for row in read_rows(split)
+        ]
+        assert len(questions) > 5000
+        assert len(set(questions)) == len(questions)
+
+
+class TestTeacher:
+    def test_folder_is_small_and_holds_no_pickle(self):
+        files = [path for path in (DEMO / "teacher").rglob("*") if path.is_file()]
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in files}
+        assert {path.suffix for path in files} <= {".json", ".safetensors", ".jinja", ".md"}
+        assert sum(path.stat().st_size for path in files) <= TEACHER_LIMIT_BYTES
+
+    def test_student_shares_the_vocabulary_and_is_several_times_smaller(self):
+        teacher, student = (
+            json.loads((DEMO / name / "config.json").read_text(encoding="utf-8"))
+            for name in ("teacher", "student")
+        )
+        for field in ("vocab_size", "pad_token_id", "eos_token_id"):
+            assert student[field] == teacher[field]
+        assert student["hidden_size"] * 2 <= teacher["hidden_size"]
+
+
+class TestTokenizer:
+    @pytest.fixture(scope="class")
+    def tokenizer(self):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(DEMO / "teacher")
+
+    def test_training_it_again_gives_the_committed_bytes(self, tmp_path):
+        run_maker(DEMO / "make_tokenizer.py", tmp_path)
+        for path in tmp_path.iterdir():
+            assert path.read_bytes() == (DEMO / "teacher" / path.name).read_bytes(), path.name
+
+    def test_pad_and_eos_are_distinct(self, tokenizer):
+        assert tokenizer.pad_token_id != tokenizer.eos_token_id
+        assert len(tokenizer) == 1024
+
+    @pytest.mark.parametrize("split", ["validation", "test"])
+    def test_encoding_round_trips_and_adds_nothing(self, tokenizer, split):
+        texts = [text for row in read_rows(split) for text in (row["input"], *references_of(row))]
+        ids = tokenizer(texts)["input_ids"]
+        assert tokenizer.batch_decode(ids) == texts
+
+    def test_prompt_and_answer_mostly_fit_96_tokens(self, tokenizer):
+        rows = read_rows("train")
+        texts = [f"{r['instruction']}\n{r['input']}\nAnswer:\n{references_of(r)[0]}" for r in rows]
+        lengths = [len(ids) + 1 for ids in tokenizer(texts)["input_ids"]]
+        assert sum(length <= 96 for length in lengths) >= 0.99 * len(lengths)
+        assert max(lengths) <= 128

@@ -1,0 +1,324 @@
+"""The machine as kdkit sees it, on simulated cards and on this CPU."""
+
+# ruff: noqa: NPY002  (the global generators are what is tested)
+
+import itertools
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from kdkit import runtime
+from kdkit.errors import UserError
+
+GIB = 2**30
+# As printed by torch.cuda.get_arch_list() of the builds on PyPI and download.pytorch.org.
+TORCH_27_CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
+TORCH_28_CU128 = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
+CARDS = {"P100": (6, 0), "T4": (7, 5), "A100": (8, 0), "L4": (8, 9), "H100": (9, 0), "RTX 5090": (12, 0)}
+
+
+class TestBuildRunsOn:
+    @pytest.mark.parametrize(
+        ("card", "arch_list", "runs"),
+        [
+            ("P100", TORCH_27_CU126, True),
+            ("P100", TORCH_28_CU128, False),
+            ("T4", TORCH_28_CU128, True),
+            ("A100", TORCH_28_CU128, True),
+            ("L4", TORCH_28_CU128, True),  # 8.9 runs what was built for 8.6
+            ("H100", TORCH_28_CU128, True),
+            ("RTX 5090", TORCH_28_CU128, True),
+            ("RTX 5090", TORCH_27_CU126, False),
+        ],
+    )
+    def test_real_cards_against_real_builds(self, card, arch_list, runs):
+        assert runtime.build_runs_on(CARDS[card], arch_list) is runs
+
+    def test_binary_code_does_not_cross_the_major_version(self):
+        assert not runtime.build_runs_on((9, 0), ["sm_80", "sm_89"])
+
+    def test_binary_code_for_a_higher_minor_version_does_not_run(self):
+        assert not runtime.build_runs_on((8, 0), ["sm_86"])
+
+    def test_ptx_serves_newer_cards_and_not_older_ones(self):
+        assert runtime.build_runs_on((12, 0), ["compute_80"])
+        assert not runtime.build_runs_on((7, 5), ["compute_80"])
+
+    def test_suffix_a_means_exactly_that_card(self):
+        assert runtime.build_runs_on((9, 0), ["sm_90a"])
+        assert not runtime.build_runs_on((10, 3), ["sm_100a"])
+        assert runtime.build_runs_on((10, 3), ["sm_100f"])
+
+    def test_other_notation_leaves_the_verdict_to_the_operation(self):
+        assert runtime.build_runs_on((9, 4), ["gfx90a", "gfx942"])
+
+
+class TestInstallLine:
+    def test_a_pascal_card_gets_the_last_build_with_its_kernels(self):
+        line = "pip install torch==2.7.1 --index-url https://download.pytorch.org/whl/cu126"
+        assert runtime.install_line((6, 0)) == line
+
+    def test_a_card_newer_than_the_build_gets_a_newer_build(self):
+        assert "--upgrade torch" in runtime.install_line((12, 0))
+
+    def test_a_card_without_any_build_is_sent_to_the_cpu(self):
+        assert "CPU" in runtime.install_line((3, 5))
+
+
+@pytest.fixture
+def simulate_cards(monkeypatch):
+    """Make torch report cards that are not here; `failure` is what the small operation says on each."""
+
+    def simulate(capabilities, *, arch_list, failure=""):
+        properties = namedtuple("properties", "name total_memory")("Simulated card", 16 * GIB)
+        cuda = torch.cuda
+        monkeypatch.setattr(cuda, "is_available", lambda: True)
+        monkeypatch.setattr(cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(cuda, "get_device_capability", lambda index: capabilities[index])
+        monkeypatch.setattr(cuda, "get_device_name", lambda index: properties.name)
+        monkeypatch.setattr(cuda, "get_device_properties", lambda index: properties)
+        monkeypatch.setattr(cuda, "get_arch_list", lambda: arch_list)
+        monkeypatch.setattr(runtime, "_operation_failure", lambda device: failure)
+
+    return simulate
+
+
+class TestPreflight:
+    def test_this_machine_passes_with_a_real_operation(self):
+        found = runtime.preflight()
+        assert found.ok
+        assert runtime._operation_failure(found.device) == ""
+        assert found.total_memory_bytes > 0
+
+    def test_a_p100_under_a_new_build_is_refused_with_the_install_line(self, simulate_cards):
+        simulate_cards([(6, 0)], arch_list=TORCH_28_CU128)
+        found = runtime.preflight()
+        assert (found.device, found.ok) == ("cuda", False)
+        assert "sm_60" in found.problem
+        assert found.remedy == "pip install torch==2.7.1 --index-url https://download.pytorch.org/whl/cu126"
+
+    def test_two_t4_pass(self, simulate_cards):
+        simulate_cards([(7, 5), (7, 5)], arch_list=TORCH_28_CU128)
+        found = runtime.preflight()
+        assert found.ok
+        assert (found.num_devices, found.capability) == (2, (7, 5))
+        assert found.total_memory_bytes == 16 * GIB
+        assert found.problem == found.remedy == ""
+
+    def test_the_second_card_is_looked_at_too(self, simulate_cards):
+        simulate_cards([(8, 0), (6, 1)], arch_list=TORCH_28_CU128)
+        found = runtime.preflight()
+        assert not found.ok
+        assert "cuda:1" in found.problem
+
+    def test_a_card_that_matches_but_fails_the_operation_is_refused(self, simulate_cards):
+        simulate_cards([(7, 5)], arch_list=TORCH_28_CU128, failure="CUDA error: out of memory")
+        found = runtime.preflight()
+        assert not found.ok
+        assert "out of memory" in found.problem
+
+    def test_a_driver_under_a_cpu_build_is_pointed_out(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        monkeypatch.setattr(torch.version, "cuda", None)
+        monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+        found = runtime.preflight()
+        assert (found.device, found.ok) == ("cpu", True)
+        assert "CPU" in found.problem
+        assert found.remedy.startswith("pip install")
+
+    def test_a_failing_operation_is_reported_in_one_line(self):
+        message = runtime._operation_failure("nosuchdevice")  # torch's own RuntimeError
+        assert "nosuchdevice" in message
+        assert "\n" not in message
+
+
+class TestUsableDtype:
+    @pytest.mark.parametrize(
+        ("card", "dtype"),
+        [("P100", "float16"), ("T4", "float16"), ("A100", "bfloat16"), ("H100", "bfloat16")],
+    )
+    def test_bfloat16_needs_capability_8(self, card, dtype):
+        assert runtime.usable_dtype("cuda", CARDS[card]).dtype == dtype
+
+    def test_emulated_bfloat16_does_not_count(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *given, **named: True)
+        assert runtime.usable_dtype("cuda", (7, 5)).dtype == "float16"
+
+    @pytest.mark.parametrize("device", ["cpu", "mps"])
+    def test_no_card_computes_in_float32(self, device):
+        assert runtime.usable_dtype(device, None).dtype == "float32"
+
+    def test_the_reason_names_the_capability(self):
+        assert "7.5" in runtime.usable_dtype("cuda", (7, 5)).reason
+
+    def test_a_card_without_capability_is_a_mistake_of_the_caller(self):
+        with pytest.raises(ValueError, match="capability"):
+            runtime.usable_dtype("cuda", None)
+
+
+class TestCheckDisk:
+    def test_free_bytes_of_a_folder_that_is_not_there_yet(self, tmp_path):
+        assert runtime.free_bytes(tmp_path / "not" / "yet") == pytest.approx(
+            shutil.disk_usage(tmp_path).free, rel=0.05
+        )
+
+    def test_enough_room_passes(self, tmp_path):
+        runtime.check_disk(tmp_path, 1)
+
+    def test_too_little_room_names_both_numbers(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(runtime, "free_bytes", lambda path: 3 * GIB)
+        with pytest.raises(UserError, match=r"3\.00 GiB free and 4\.50 GiB are needed"):
+            runtime.check_disk(tmp_path, 9 * GIB // 2)
+
+
+class TestThreadCount:
+    def test_is_what_a_process_may_use(self):
+        assert 1 <= runtime.thread_count() <= len(os.sched_getaffinity(0))
+
+
+def draw_everything():
+    """Three draws from each global source, with a normal draw that leaves a cached second one behind."""
+    return (
+        [random.random(), random.gauss(0.0, 1.0), random.random()],
+        [np.random.rand(), np.random.randn(), np.random.rand()],
+        torch.rand(3).tolist(),
+    )
+
+
+class TestSeedEverything:
+    def test_the_same_seed_gives_the_same_draws_from_every_source(self):
+        draws = []
+        for seed in (7, 7, 8):
+            runtime.seed_everything(seed)
+            draws.append(draw_everything())
+        assert draws[0] == draws[1]
+        assert all(first != other for first, other in zip(draws[0], draws[2], strict=True))
+
+    def test_a_seed_beyond_32_bits_is_accepted(self):
+        runtime.seed_everything(2**40 + 3)
+
+
+class TestGenerator:
+    def test_depends_on_seed_and_keys_only(self):
+        first = torch.rand(4, generator=runtime.generator(1, "rollout", 20))
+        torch.manual_seed(99)
+        torch.rand(5)
+        assert torch.equal(first, torch.rand(4, generator=runtime.generator(1, "rollout", 20)))
+
+    def test_no_two_keys_share_a_stream(self):
+        keys = [(1,), (2,), (1, 0), (1, "0"), (1, 0, 1), (10, 1), (1, 1, 0), (1, "rollout"), (1, "eval")]
+        draws = [torch.rand(4, generator=runtime.generator(*key)) for key in keys]
+        assert not any(torch.equal(a, b) for a, b in itertools.combinations(draws, 2))
+
+    def test_is_the_same_in_another_process(self):
+        code = (
+            "import torch, kdkit.runtime as r;"
+            "print(torch.randint(2**31, (1,), generator=r.generator(5, 'x', 3)).item())"
+        )
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        here = torch.randint(2**31, (1,), generator=runtime.generator(5, "x", 3)).item()
+        assert int(run.stdout) == here
+
+    def test_leaves_the_global_state_alone(self):
+        before = torch.get_rng_state()
+        torch.rand(3, generator=runtime.generator(0, 1))
+        assert torch.equal(before, torch.get_rng_state())
+
+
+class TestPreservedRngState:
+    def test_draws_inside_change_nothing_after(self):
+        runtime.seed_everything(3)
+        draw_everything()
+        expected_state = runtime.rng_state()
+        with runtime.preserved_rng_state():
+            runtime.seed_everything(1234)
+            draw_everything()
+        restored = runtime.rng_state()
+        assert all(torch.equal(restored[name], value) for name, value in expected_state.items())
+
+    def test_is_put_back_after_an_error(self):
+        runtime.seed_everything(3)
+        expected = draw_everything()
+        runtime.seed_everything(3)
+        with pytest.raises(ZeroDivisionError), runtime.preserved_rng_state():
+            sum(draw_everything()[0]) / 0
+        assert draw_everything() == expected
+
+
+class TestRngState:
+    @pytest.mark.parametrize("draws_before", [0, 1])
+    def test_survives_a_safetensors_file(self, tmp_path, draws_before):
+        runtime.seed_everything(11)
+        for _ in range(draws_before):  # one gaussian draw leaves a cached one behind
+            random.gauss(0.0, 1.0)
+            np.random.randn()
+        safetensors.torch.save_file(runtime.rng_state(), tmp_path / "rng.safetensors")
+        expected = [random.gauss(0.0, 1.0), np.random.randn(), *draw_everything()]
+        runtime.seed_everything(999)
+        runtime.set_rng_state(safetensors.torch.load_file(tmp_path / "rng.safetensors"))
+        assert [random.gauss(0.0, 1.0), np.random.randn(), *draw_everything()] == expected
+
+    def test_the_state_of_a_card_that_is_not_here_is_left_out(self):
+        state = runtime.rng_state() | {"cuda:7": torch.zeros(16, dtype=torch.uint8)}
+        runtime.set_rng_state(state)
+
+    def test_an_incomplete_state_is_refused_by_name(self):
+        state = runtime.rng_state()
+        del state["numpy"]
+        with pytest.raises(UserError, match="numpy"):
+            runtime.set_rng_state(state)
+
+
+class TestEnvironment:
+    def test_is_json_and_names_the_versions_in_use(self):
+        found = runtime.environment()
+        assert json.loads(json.dumps(found)) == found
+        assert found["torch"] == torch.__version__
+        assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+        assert {"kdkit", "transformers", "datasets", "accelerate", "device", "num_threads"} <= set(found)
+
+
+class TestKagglePaths:
+    def test_is_none_elsewhere(self, monkeypatch):
+        monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+        assert runtime.kaggle_paths() is None
+
+    def test_says_how_the_notebook_runs(self, monkeypatch):
+        monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+        paths = runtime.kaggle_paths()
+        assert paths.run_type == "Batch"
+        assert paths.working_dir == Path("/kaggle/working")
+
+
+class TestFindInput:
+    @pytest.mark.parametrize("mount", ["my-rows", "datasets/owner/my-rows"])
+    def test_finds_a_file_wherever_it_is_mounted(self, tmp_path, mount):
+        folder = tmp_path / mount
+        folder.mkdir(parents=True)
+        (folder / "train.jsonl").touch()
+        assert runtime.find_input("train.jsonl", root=tmp_path) == folder / "train.jsonl"
+
+    def test_the_nearest_match_wins(self, tmp_path):
+        for place in ("a/b/c", "z"):
+            (tmp_path / place / "marker").mkdir(parents=True)
+        assert runtime.find_input("marker", root=tmp_path) == tmp_path / "z" / "marker"
+
+    def test_nothing_found_lists_what_is_attached(self, tmp_path):
+        (tmp_path / "other-rows").mkdir()
+        with pytest.raises(UserError, match="other-rows"):
+            runtime.find_input("train.jsonl", root=tmp_path)
+
+    def test_no_input_folder_at_all(self, tmp_path):
+        with pytest.raises(UserError, match="attached: nothing"):
+            runtime.find_input("train.jsonl", root=tmp_path / "kaggle")
