@@ -13,14 +13,19 @@ from rouge_score.rouge_scorer import RougeScorer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kdkit.errors import UserError
+from kdkit.data import load_rows
+from kdkit.data.batch import DistillCollator, encode_rows
+from kdkit.errors import RunFailed, UserError
 from kdkit.evaluation import (
     GenerationSettings,
     Interval,
     bootstrap_mean,
     bootstrap_ratio,
+    evaluate_model,
+    evaluate_predictions,
     exact_match,
     generate_answers,
+    label_losses,
     paired_difference,
     read_predictions,
     rouge_l,
@@ -143,6 +148,9 @@ class TestBootstrapMean:
     def test_equal_rows_and_one_row_give_a_point(self, values):
         assert bootstrap_mean(values) == Interval(values[0], values[0], values[0])
 
+    def test_no_resamples_make_no_interval(self):
+        assert bootstrap_mean([1.0, 2.0], resamples=0) == Interval(1.5, 1.5, 1.5)
+
     def test_the_same_seed_gives_the_same_interval(self):
         values = np.random.default_rng(0).random(30)
         assert bootstrap_mean(values, seed=5) == bootstrap_mean(values, seed=5)
@@ -198,9 +206,7 @@ class TestPairedDifference:
 
 class TestScorePredictions:
     def test_keeps_rows_in_order_and_averages_them(self):
-        scores = score_predictions(
-            ["a cat", "nothing", "The Dog!"], [["a cat"], ["a cat"], ["cow", "the dog"]]
-        )
+        scores = score_predictions(["a cat", "nothing", "The Dog!"], [["a cat"], ["a cat"], ["cow", "the dog"]])
         assert scores.rouge_l_rows == (100.0, 0.0, 100.0)
         assert scores.exact_match_rows == (True, False, True)
         assert scores.rouge_l.value == pytest.approx(200 / 3)
@@ -350,9 +356,7 @@ class TestGenerateAnswers:
 
     def test_takes_prompts_already_encoded(self, model, tokenizer):
         ids = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-        assert generate_answers(model, tokenizer, ids, SHORT) == generate_answers(
-            model, tokenizer, PROMPTS, SHORT
-        )
+        assert generate_answers(model, tokenizer, ids, SHORT) == generate_answers(model, tokenizer, PROMPTS, SHORT)
 
     def test_another_special_token_of_the_checkpoint_ends_too(self, model, tokenizer):
         turn, letter = tokenizer.convert_tokens_to_ids(["<turn>", "f"])
@@ -369,9 +373,7 @@ class TestGenerateAnswers:
     def test_changes_neither_random_state_nor_model(self, model, tokenizer, sampling_temperature):
         model.train()
         model.model.layers[0].eval()  # a part frozen in evaluation mode stays so
-        model.generation_config = config = GenerationConfig(
-            temperature=0.3, do_sample=True, eos_token_id=END_ID
-        )
+        model.generation_config = config = GenerationConfig(temperature=0.3, do_sample=True, eos_token_id=END_ID)
         before = config.to_dict()
         torch.manual_seed(7), np.random.seed(7), random.seed(7)  # noqa: NPY002
         expected = (torch.rand(3).tolist(), np.random.rand(), random.random())  # noqa: NPY002
@@ -406,7 +408,8 @@ class TestGenerateAnswers:
         hook = model.model.register_forward_pre_hook(
             lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
         )
-        assert generate_answers(model, tokenizer, PROMPTS, SHORT) == expected
+        settings = GenerationSettings(max_new_tokens=24, batch_size=len(PROMPTS))
+        assert generate_answers(model, tokenizer, PROMPTS, settings) == expected
         hook.remove()
         assert widths[0] > 1
         assert set(widths[1:]) == {1}
@@ -438,9 +441,7 @@ class TestGenerateAnswers:
             model.lm_head.weight.mul_(1e-3)
 
         def letters(top_p):
-            settings = GenerationSettings(
-                max_new_tokens=1, batch_size=400, sampling_temperature=1.0, top_p=top_p
-            )
+            settings = GenerationSettings(max_new_tokens=1, batch_size=400, sampling_temperature=1.0, top_p=top_p)
             return {answer.text for answer in generate_answers(model, tokenizer, ["a"] * 400, settings)}
 
         assert len(letters(1.0)) >= 27
@@ -452,9 +453,7 @@ class TestGenerateAnswers:
             first = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1).tolist()
             for a in range(len(tokenizer)):
                 second = model(torch.tensor([[*ids, a]])).logits[0, -1].log_softmax(-1).tolist()
-                texts += [
-                    ((first[a] + logprob) / 2, [a, b]) for b, logprob in enumerate(second) if a != END_ID
-                ]
+                texts += [((first[a] + logprob) / 2, [a, b]) for b, logprob in enumerate(second) if a != END_ID]
             return max([*texts, (first[END_ID], [END_ID])])[1]
 
         model.eval()
@@ -491,3 +490,155 @@ class TestGenerateAnswers:
     def test_refuses_settings_out_of_range(self, wrong):
         with pytest.raises(UserError, match=next(iter(wrong))):
             GenerationSettings(**wrong)
+
+
+ROWS = [
+    ("say a", ["aa"]),
+    ("fox", ["the quick brown fox", "fox"]),
+    ("lazy", ["dog"]),
+    ("zz", ["a b c d"]),
+    ("q", ["u"]),
+]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    records = [{"prompt": prompt, "references": references} for prompt, references in ROWS]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return load_rows(path, template="{instruction}")
+
+
+def nll_by_hand(model, tokenizer, prompt, answer):
+    """Sum over answer and end-of-text, token by token, each from a pass of its own; and the number of tokens."""
+    model.eval()
+    ids = tokenizer(prompt)["input_ids"]
+    labels = [*tokenizer(answer)["input_ids"], END_ID]
+    total = 0.0
+    for label in labels:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, -1]
+        total -= logits.log_softmax(-1)[label].item()
+        ids = [*ids, label]
+    return total, len(labels)
+
+
+def batches_of(rows, tokenizer, batch_size):
+    encoded = encode_rows(rows, tokenizer, max_length=60, max_prompt_length=30, unit="token").dataset
+    collator = DistillCollator(tokenizer.pad_token_id)
+    order = [list(range(start, min(start + batch_size, len(encoded)))) for start in range(0, len(encoded), batch_size)]
+    return [collator([encoded[i] for i in indices]) for indices in order]
+
+
+class TestLabelLosses:
+    @pytest.mark.parametrize("batch_size", [1, 2, 5])
+    def test_sums_what_single_passes_give(self, model, tokenizer, rows, batch_size):
+        losses = label_losses(model, batches_of(rows, tokenizer, batch_size))
+        expected = [nll_by_hand(model, tokenizer, prompt, references[0]) for prompt, references in ROWS]
+        assert losses.row_ids.tolist() == [0, 1, 2, 3, 4]
+        assert losses.num_tokens.tolist() == [count for _, count in expected]
+        assert losses.sums == pytest.approx([total for total, _ in expected], rel=1e-6)
+        everything = sum(total for total, _ in expected) / sum(count for _, count in expected)
+        assert losses.cross_entropy == pytest.approx(everything, rel=1e-6)
+
+    def test_is_no_mean_of_row_means(self, model, tokenizer, rows):
+        losses = label_losses(model, batches_of(rows, tokenizer, 2))
+        assert losses.cross_entropy != pytest.approx((losses.sums / losses.num_tokens).mean(), rel=1e-3)
+
+    def test_takes_the_models_own_logits_where_the_head_cannot_be_had_apart(self, model, tokenizer, rows):
+        class Wrapped(torch.nn.Linear):
+            """As an adapter wraps a head."""
+
+        expected = label_losses(model, batches_of(rows, tokenizer, 2))
+        model.lm_head.__class__ = Wrapped
+        assert label_losses(model, batches_of(rows, tokenizer, 2)).sums == pytest.approx(expected.sums, rel=1e-9)
+
+    def test_changes_neither_mode_nor_random_state(self, model, tokenizer, rows):
+        model.train()
+        torch.manual_seed(3)
+        expected = torch.rand(2).tolist()
+        torch.manual_seed(3)
+        label_losses(model, batches_of(rows, tokenizer, 2))
+        assert model.training
+        assert torch.rand(2).tolist() == expected
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    def test_stops_at_a_broken_model_and_names_the_row(self, model, tokenizer, rows):
+        with torch.no_grad():
+            model.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids("x")] = math.nan
+        with pytest.raises(RunFailed, match=r"1 of 5 answers is not finite, the first in row 1"):
+            label_losses(model, batches_of(rows, tokenizer, 2))
+
+    def test_refuses_no_rows(self, model):
+        with pytest.raises(UserError, match="no row"):
+            label_losses(model, [])
+
+
+class TestEvaluateModel:
+    @pytest.fixture
+    def settings(self) -> GenerationSettings:
+        return GenerationSettings(max_new_tokens=20, batch_size=2)
+
+    def test_puts_scores_and_likelihood_of_the_same_rows_together(self, model, tokenizer, rows, settings):
+        evaluation = evaluate_model(model, tokenizer, rows, settings, max_length=40, max_prompt_length=20)
+        answers = generate_answers(model, tokenizer, [prompt for prompt, _ in ROWS], settings)
+        scores = score_predictions([answer.text for answer in answers], [references for _, references in ROWS])
+        nll = [nll_by_hand(model, tokenizer, prompt, references[0]) for prompt, references in ROWS]
+        cross_entropy = sum(total for total, _ in nll) / sum(count for _, count in nll)
+        assert evaluation.predictions == tuple(answer.text for answer in answers)
+        assert (evaluation.rouge_l, evaluation.exact_match) == (scores.rouge_l, scores.exact_match)
+        assert evaluation.cross_entropy.value == pytest.approx(cross_entropy, rel=1e-6)
+        assert evaluation.perplexity.value == pytest.approx(math.exp(cross_entropy), rel=1e-5)
+        assert evaluation.perplexity.low == pytest.approx(math.exp(evaluation.cross_entropy.low))
+        assert evaluation.perplexity.low < evaluation.perplexity.value < evaluation.perplexity.high
+        assert evaluation.mean_tokens == sum(answer.num_tokens for answer in answers) / 5
+        assert evaluation.ended_fraction == sum(answer.ended for answer in answers) / 5
+
+    def test_summary_is_flat_and_survives_json(self, model, tokenizer, rows, settings):
+        summary = evaluate_model(model, tokenizer, rows, settings, max_length=40, max_prompt_length=20).summary()
+        figures = {
+            f"{name}{bound}"
+            for name in ("rouge_l", "exact_match", "perplexity", "cross_entropy")
+            for bound in ("", "_low", "_high")
+        }
+        assert set(summary) == figures | {"mean_tokens", "ended_fraction", "num_rows"}
+        assert json.loads(json.dumps(summary)) == summary
+        assert summary["num_rows"] == 5
+
+    def test_leaves_out_long_prompts_everywhere_and_says_so(self, model, tokenizer, rows, settings):
+        evaluation = evaluate_model(model, tokenizer, rows, settings, max_length=40, max_prompt_length=4)
+        assert evaluation.predictions[0] is None
+        assert None not in evaluation.predictions[1:]
+        assert evaluation.num_rows == 4
+        assert evaluation.dropped == {"prompt longer than 4 tokens": 1}
+
+    def test_the_perplexity_of_a_uniform_model_is_its_vocabulary(self, model, tokenizer, rows, settings):
+        with torch.no_grad():
+            model.lm_head.weight.zero_()
+        evaluation = evaluate_model(model, tokenizer, rows, settings, max_length=40, max_prompt_length=20)
+        assert evaluation.perplexity.value == pytest.approx(len(tokenizer), rel=1e-5)
+        assert evaluation.perplexity.high == pytest.approx(len(tokenizer), rel=1e-5)
+
+    def test_perplexity_is_not_capped(self, model, tokenizer, rows, settings):
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1e4)
+        evaluation = evaluate_model(model, tokenizer, rows, settings, max_length=40, max_prompt_length=20)
+        assert evaluation.cross_entropy.value > 1000
+        assert evaluation.perplexity.value == math.inf
+
+    def test_refuses_rows_without_references(self, model, tokenizer, tmp_path, settings):
+        path = tmp_path / "rows.jsonl"
+        path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c"}\n')
+        rows = load_rows(path, template="plain", require_references=False)
+        with pytest.raises(UserError, match=r"1 of 2 rows.* row 1"):
+            evaluate_model(model, tokenizer, rows, settings)
+
+
+class TestEvaluatePredictions:
+    def test_equals_scoring_the_same_texts(self, tmp_path):
+        path = tmp_path / "p.jsonl"
+        path.write_text('{"prediction": "a cat", "references": ["a cat"]}\n{"prediction": "x", "references": ["y"]}\n')
+        figures = evaluate_predictions(path)
+        assert (figures["rouge_l"], figures["exact_match"], figures["num_rows"]) == (50.0, 50.0, 2)
+        assert figures["rouge_l_low"] == 0.0
+        assert figures["rouge_l_high"] == 100.0

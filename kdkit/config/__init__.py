@@ -1,4 +1,4 @@
-"""Every knob of a run, once: `fields` says what exists, `reading` turns presets, files and `--set` into it."""
+"""Every knob of a run, once: `fields` says what exists, `reading` makes it of presets, files, `--set`."""
 
 from kdkit.config.fields import (
     AdaptiveBandConfig,

@@ -109,9 +109,9 @@ class KdConfig(_Part):
     loss: LossName = "forward_kl"
     """Which divergence; `kdkit.losses` says when to pick which."""
     alpha: Annotated[float, Field(ge=-2, le=2)] | None = None
-    """Skew of the skew divergences (DistiLLM: 0.1), or alpha of alpha_beta; None is the loss's own default."""
+    """Skew of the skew divergences (DistiLLM: 0.1) or alpha of alpha_beta; None: the loss's own default."""
     beta: Annotated[float, Field(ge=-2, le=2)] | None = None
-    """Teacher's share in jsd, or beta of alpha_beta; None is the loss's own default."""
+    """Teacher's share in jsd or beta of alpha_beta; None: the loss's own default."""
     temperature: Positive = Schedule.model_validate(1.0)
     """Softens both distributions before they are compared; 1 compares them as they are."""
     temperature_scaling: Literal["square", "none"] = "square"
@@ -220,7 +220,7 @@ class OptimConfig(_Part):
     epochs: float = Field(default=3.0, gt=0)
     """Passes over the training rows."""
     precision: DtypeName = "auto"
-    """Autocast of the student's passes; auto: float32 on CPU, else bfloat16 where the card has it, else float16."""
+    """Autocast of the student; auto: float32 on CPU, else bfloat16 where the card has it, else float16."""
 
 
 class EvaluationConfig(_Part):
@@ -242,6 +242,8 @@ class EvaluationConfig(_Part):
     """Nucleus of the sampling."""
     teacher: bool = True
     """Measure the teacher on the final rows too."""
+    before: bool = True
+    """Measure the student as it was before the run too, unless it started from random weights."""
     resamples: Count = 1000
     """Bootstrap resamples of the 95 % intervals."""
 
@@ -275,10 +277,8 @@ class DistillConfig(_Part):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
-    stages: dict[str, dict[str, JsonValue]] = Field(
-        default_factory=lambda: {"distill": {}}, min_length=1
-    )
-    """Name of each stage and what it overrides, for instance {warm_start: {optim: {max_steps: 100}}, distill: {}}."""
+    stages: dict[str, dict[str, JsonValue]] = Field(default_factory=lambda: dict[str, dict[str, JsonValue]]({"distill": {}}), min_length=1)
+    """Each stage and what it overrides, in order: {warm_start: {optim: {max_steps: 100}}, distill: {}}."""
     seed: int = Field(default=10, ge=0, lt=2**31)
     """Seeds weights, row order and dropout; each stage derives its own. DistiLLM runs 10 to 50."""
     threads: Count | None = None

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from importlib.resources import files
 from pathlib import Path
 from types import UnionType
@@ -30,13 +31,11 @@ def list_presets() -> list[str]:
     return sorted(path.stem for path in _preset_folder().glob("*.yaml"))
 
 
-def load_config(
-    source: str | Path | Mapping[str, JsonValue], overrides: Iterable[str] = ()
-) -> DistillConfig:
+def load_config(source: str | Path | Mapping[str, JsonValue], overrides: Iterable[str] = ()) -> DistillConfig:
     """One validated run from a YAML file, a preset's name or a mapping.
 
-    A `preset:` key (one name or a list) is read first and lies below the rest; `overrides` lie on top. `${demo}` in
-    any text stands for the folder of the embedded rows and teacher.
+    A `preset:` key (one name or a list) is read first and lies below the rest; `overrides` lie on top.
+    `${demo}` in any text stands for the folder of the embedded rows and teacher.
 
     Args:
         source: path of a YAML file, name of a preset, or the mapping itself.
@@ -44,8 +43,8 @@ def load_config(
     Returns:
         The config; every stage of it has been validated too.
     Raises:
-        UserError: the file is missing or no YAML, a preset or field is unknown, or a value is out of range; says
-            which, what is allowed, and the nearest known name.
+        UserError: the file is missing or no YAML, a preset or field is unknown, or a value is out of
+            range; says which, what is allowed, and the nearest known name.
     """
     tree = _read_source(source)
     for override in overrides:
@@ -89,7 +88,7 @@ def dump_config(config: DistillConfig) -> str:
 def _read_source(source: str | Path | Mapping[str, JsonValue]) -> Tree:
     """The tree of a mapping (copied), a file, or a preset."""
     if isinstance(source, Mapping):
-        return yaml.safe_load(yaml.safe_dump(dict(source)))
+        return deepcopy(dict(source))
     if str(source) in list_presets():
         return {"preset": str(source)}
     path = Path(source)
@@ -119,9 +118,9 @@ def _preset_folder() -> Path:
 
 def _with_presets(tree: Tree) -> Tree:
     """The tree laid over the presets it names, and those over theirs."""
-    names = tree.pop("preset", [])
+    names = tree.pop("preset", None) or []
     merged: Tree = {}
-    for name in [names] if isinstance(names, str) else names or []:
+    for name in names if isinstance(names, list) else [names]:
         if name not in list_presets():
             known = list_presets()
             raise UserError(
@@ -188,9 +187,7 @@ def _explain(details: ErrorDetails) -> str:
     path, given = ".".join(location), details["input"]
     if details["type"] == "extra_forbidden":
         known = _fields_at(location[:-1])
-        return (
-            f"{path}: no such field{_nearest(location[-1], known)}; known here: {', '.join(known)}"
-        )
+        return f"{path}: no such field{_nearest(location[-1], known)}; known here: {', '.join(known)}"
     if details["type"] == "missing":
         return f"{path}: required, not given"
     reason = details["msg"].removeprefix("Value error, ")
@@ -211,9 +208,7 @@ def _fields_at(location: Sequence[str]) -> list[str]:
 
 def _part_in(annotation: object) -> type[BaseModel] | None:
     """The config part inside an annotation such as `Part | None`."""
-    candidates = (
-        get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    )
+    candidates = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     for candidate in candidates:
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate

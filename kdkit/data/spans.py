@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 Offsets = Sequence[tuple[int, int]]
 
-_WHITESPACE = np.array([c for c in range(0x3001) if chr(c).isspace()], dtype=np.uint32)
+_IS_WHITESPACE = np.array([chr(code).isspace() for code in range(0x3002)])  # the last one is U+3000
 _MAX_EVIDENCE_CHARS = 40
 
 # Where tokenizers differ: case, digits, accents, code, runs of spaces, emoji, scripts, odd spaces.
@@ -157,7 +157,7 @@ def tokenizer_relation(a: "PreTrainedTokenizerBase", b: "PreTrainedTokenizerBase
 
 def _word_edges(text: str) -> tuple[np.ndarray, np.ndarray]:
     """(chars,) bool twice: a word begins at this character; a word goes on at this character."""
-    is_word = ~np.isin(_code_points(text), _WHITESPACE)
+    is_word = ~_IS_WHITESPACE[np.minimum(_code_points(text), len(_IS_WHITESPACE) - 1)]
     starts = is_word.copy()
     starts[1:] &= ~is_word[:-1]
     return starts, is_word & ~starts

@@ -7,6 +7,13 @@ from kdkit.evaluation.generation import (
     evaluating,
     generate_answers,
 )
+from kdkit.evaluation.measuring import (
+    Evaluation,
+    LabelLosses,
+    evaluate_model,
+    evaluate_predictions,
+    label_losses,
+)
 from kdkit.evaluation.scoring import (
     Interval,
     Scores,
@@ -21,15 +28,20 @@ from kdkit.evaluation.scoring import (
 
 __all__ = [
     "Answer",
+    "Evaluation",
     "GenerationSettings",
     "Interval",
+    "LabelLosses",
     "Scores",
     "bootstrap_mean",
     "bootstrap_ratio",
     "end_of_text_ids",
+    "evaluate_model",
+    "evaluate_predictions",
     "evaluating",
     "exact_match",
     "generate_answers",
+    "label_losses",
     "paired_difference",
     "read_predictions",
     "rouge_l",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
+from kdkit.data.batch import encode_prompts
 from kdkit.errors import UserError
 from kdkit.runtime import generator, preserved_rng_state
 
@@ -38,9 +39,7 @@ class GenerationSettings:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: at least 1 is allowed")
         if self.sampling_temperature < 0:
-            raise UserError(
-                f"sampling_temperature={self.sampling_temperature}: 0 (greedy) or more is allowed"
-            )
+            raise UserError(f"sampling_temperature={self.sampling_temperature}: 0 (greedy) or more is allowed")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p}: above 0 and at most 1 is allowed")
 
@@ -60,7 +59,7 @@ class Answer:
 def generate_answers(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: Sequence[str] | Sequence[Sequence[int]],
     settings: GenerationSettings | None = None,
     *,
     progress: Progress | None = None,
@@ -75,8 +74,7 @@ def generate_answers(
 
     Args:
         model: a causal language model, or a module that holds one.
-        tokenizer: the model's own; its special tokens are put round the prompt, an end-of-text token
-            after the prompt is not.
+        tokenizer: the model's own; puts its special tokens before a text, none after it.
         prompts: texts in the form the model was trained on, or their token ids.
         settings: None takes the defaults: greedy, 128 new tokens.
         progress: called after each batch.
@@ -89,9 +87,7 @@ def generate_answers(
     settings = settings or GenerationSettings()
     language_model = _generating_part(model)
     end_ids = end_of_text_ids(tokenizer, language_model)
-    prompt_ids = [
-        encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts
-    ]
+    prompt_ids = _encoded(prompts, tokenizer)
     _check_lengths(prompt_ids, language_model, settings.max_new_tokens)
     # Longest first: a batch that does not fit the memory fails at once, and padding stays small.
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompt_ids[row]), row))
@@ -144,18 +140,8 @@ def end_of_text_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
     return sorted({tokenizer.eos_token_id, *(id_ for id_ in candidates if id_ in special)})
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of a prompt with the tokenizer's special tokens but no trailing end-of-text."""
-    ids = list(tokenizer(prompt)["input_ids"])
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()
-    return ids
-
-
 @contextmanager
-def _generating_with(
-    model: PreTrainedModel, settings: GenerationSettings, end_ids: list[int]
-) -> Iterator[None]:
+def _generating_with(model: PreTrainedModel, settings: GenerationSettings, end_ids: list[int]) -> Iterator[None]:
     """Swap the whole generation config: `generate` fills what a passed one leaves open from it."""
     kept = model.generation_config
     sampling = (
@@ -182,13 +168,20 @@ def _generating_with(
         model.generation_config = kept
 
 
+def _encoded(
+    prompts: Sequence[str] | Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
+) -> list[Sequence[int]]:
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if not texts:
+        return [prompt for prompt in prompts if not isinstance(prompt, str)]
+    return list(encode_prompts(texts, tokenizer))
+
+
 def _generating_part(model: nn.Module) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and isinstance(module, GenerationMixin):
             return module
-    raise UserError(
-        f"{type(model).__name__} holds no model that generates text: give a causal language model"
-    )
+    raise UserError(f"{type(model).__name__} holds no model that generates text: give a causal language model")
 
 
 def _check_lengths(prompt_ids: Sequence[Sequence[int]], model: PreTrainedModel, max_new_tokens: int) -> None:
@@ -234,9 +227,7 @@ def _answer(
         skip_special_tokens=True,
         clean_up_tokenization_spaces=False,
     )
-    return [
-        Answer(text, count, end) for text, count, end in zip(texts, num_tokens, ended.tolist(), strict=True)
-    ]
+    return [Answer(text, count, end) for text, count, end in zip(texts, num_tokens, ended.tolist(), strict=True)]
 
 
 def _left_padded(prompt_ids: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -113,7 +113,7 @@ def score_predictions(
     Args:
         predictions: one text a row.
         references: the right answers of each row, at least one.
-        resamples: bootstrap resamples of the rows.
+        resamples: bootstrap resamples of the rows; 0 makes no interval (low = value = high).
         confidence: share of the bootstrap means inside the interval.
         seed: of the resampling.
         tokenizer: what counts as a word for ROUGE-L; see `rouge_l`.
@@ -124,8 +124,7 @@ def score_predictions(
     """
     if len(predictions) != len(references):
         raise UserError(
-            f"{len(predictions)} predictions for {len(references)} rows of references: "
-            "give one prediction for each row"
+            f"{len(predictions)} predictions for {len(references)} rows of references: give one prediction for each row"
         )
     if not predictions:
         raise UserError("no predictions to score: give at least one row")
@@ -156,7 +155,7 @@ def bootstrap_mean(
 
     Args:
         values: (n,) one number a row, n >= 1.
-        resamples: how many times the rows are drawn again, with replacement.
+        resamples: how many times the rows are drawn again, with replacement; 0 makes no interval.
         confidence: share of the bootstrap means inside the interval, in (0, 1).
         seed: of the drawing.
     Returns:
@@ -186,7 +185,7 @@ def bootstrap_ratio(
     Args:
         sums: (n,) float; what each row adds to the numerator, n >= 1.
         counts: (n,) float or int > 0; what it adds to the denominator.
-        resamples: how many times the rows are drawn again, with replacement.
+        resamples: how many times the rows are drawn again, with replacement; 0 makes no interval.
         confidence: share of the bootstrap ratios inside the interval, in (0, 1).
         seed: of the drawing.
     Returns:
@@ -197,13 +196,12 @@ def bootstrap_ratio(
     """
     if len(sums) == 0:
         raise UserError("no rows to take a mean over: give at least one")
-    if not 0 < confidence < 1 or resamples < 1:
+    if not 0 < confidence < 1 or resamples < 0:
         raise UserError(
-            f"confidence={confidence}, resamples={resamples}: confidence lies between 0 and 1, "
-            "resamples is at least 1"
+            f"confidence={confidence}, resamples={resamples}: confidence lies between 0 and 1, resamples is 0 or more"
         )
     value = float(np.sum(sums) / np.sum(counts))
-    if np.ptp(sums / counts) == 0:
+    if resamples == 0 or np.ptp(sums / counts) == 0:
         return Interval(value, value, value)
     drawn = stats.bootstrap(
         (sums, counts),
@@ -238,9 +236,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float], *, confidence: flo
     if len(a) != len(b):
         raise UserError(f"{len(a)} values against {len(b)}: pairs need one of each for every seed")
     if len(a) < 2:
-        raise UserError(
-            f"{len(a)} pair has no spread to judge a difference by: run at least two seeds, better five"
-        )
+        raise UserError(f"{len(a)} pair has no spread to judge a difference by: run at least two seeds, better five")
     if not 0 < confidence < 1:
         raise UserError(f"confidence={confidence}: it lies between 0 and 1")
     differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
@@ -270,9 +266,7 @@ def read_predictions(path: str | Path) -> tuple[list[str], list[list[str]]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     rows = [
-        _read_prediction(line, f"{path}, line {number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
+        _read_prediction(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()
     ]
     if not rows:
         raise UserError(f"{path}: holds no prediction; expected one JSON object a line")

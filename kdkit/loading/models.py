@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from transformers import (
@@ -84,21 +84,22 @@ def load_model(
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
     if quantization is not None:
-        arguments |= _quantization_arguments(quantization, dtype, torch.device(device))
+        arguments["quantization_config"] = _quantization_config(quantization, dtype, torch.device(device))
     with preserved_rng_state(), one_message("model", place):
-        config = AutoConfig.from_pretrained(
-            place.name, trust_remote_code=trust_remote_code, **place.read_arguments()
-        )
+        config = AutoConfig.from_pretrained(place.name, trust_remote_code=trust_remote_code, **place.read_arguments())
         _check_family(config, place.name)
+        is_quantized = quantization is not None or getattr(config, "quantization_config", None) is not None
         if from_scratch:
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, **arguments)
         else:
-            model = _from_checkpoint(place, config, arguments)
-    if quantization is None:
-        model = _move(model, torch.device(device), place.name)
+            in_place = {"device_map": {"": device}} if is_quantized else {}  # cannot be moved later
+            model = _from_checkpoint(place, config, arguments | in_place)
+    if from_scratch or not is_quantized:
+        _move(model, torch.device(device), place.name)
+    if trainable:
+        _check_all_float32(model, place.name)
     model.eval().requires_grad_(trainable)
-    _check_weights_dtype(model, place.name, trainable=trainable)
     check_causal(model)
     return model
 
@@ -127,22 +128,14 @@ def _check_arguments(
         raise UserError(f"quantization={quantization!r} is for a trained, frozen teacher: leave it out here")
 
 
-def _quantization_arguments(
-    quantization: Quantization, dtype: torch.dtype, device: torch.device
-) -> dict[str, object]:
+def _quantization_arguments(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> dict[str, object]:
     """What `from_pretrained` needs to quantise while it reads."""
     if find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"quantization={quantization!r} needs bitsandbytes, which is missing: pip install bitsandbytes"
-        )
+        raise UserError(f"quantization={quantization!r} needs bitsandbytes, which is missing: pip install bitsandbytes")
     if quantization == "int8":
         _check_int8_capability(device)
-        settings = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        settings = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
-    return {"quantization_config": settings, "device_map": {"": device}}
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def _check_int8_capability(device: torch.device) -> None:
@@ -161,16 +154,15 @@ def _check_family(config: PreTrainedConfig, name: str) -> None:
     if config.is_encoder_decoder:
         raise UserError(f"{kind}, which has an encoder and a decoder; {wanted}")
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__.endswith("ForConditionalGeneration"):
+        model_class = cast("type[PreTrainedModel]", MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+        if model_class.__name__.endswith("ForConditionalGeneration"):
             raise UserError(f"{kind}, which also reads images or sound; {wanted}: take a text-only sibling")
     elif "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
         raise UserError(f"{kind}, which predicts no next token; {wanted}")
 
 
-def _from_checkpoint(
-    place: Place, config: PreTrainedConfig, arguments: Mapping[str, object]
-) -> PreTrainedModel:
-    model, found = AutoModelForCausalLM.from_pretrained(
+def _from_checkpoint(place: Place, config: PreTrainedConfig, arguments: Mapping[str, object]) -> PreTrainedModel:
+    loaded = AutoModelForCausalLM.from_pretrained(
         place.name,
         config=config,
         output_loading_info=True,
@@ -178,6 +170,7 @@ def _from_checkpoint(
         **arguments,
         **place.read_arguments(),
     )
+    model, found = cast("tuple[PreTrainedModel, dict[str, set]]", loaded)
     random_weights = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]
     if random_weights:
         raise UserError(
@@ -197,9 +190,9 @@ def _some(names: list[str]) -> str:
     return f"{shown} and {more} more" if more > 0 else shown
 
 
-def _move(model: PreTrainedModel, device: torch.device, name: str) -> PreTrainedModel:
+def _move(model: PreTrainedModel, device: torch.device, name: str) -> None:
     try:
-        return model.to(device)
+        torch.nn.Module.to(model, device)
     except torch.OutOfMemoryError as error:
         free, _ = torch.cuda.mem_get_info(device)
         raise UserError(
@@ -208,12 +201,12 @@ def _move(model: PreTrainedModel, device: torch.device, name: str) -> PreTrained
         ) from error
 
 
-def _check_weights_dtype(model: PreTrainedModel, name: str, *, trainable: bool) -> None:
-    others = {str(p.dtype) for p in model.parameters() if p.dtype != torch.float32}
-    if trainable and others:
+def _check_all_float32(model: PreTrainedModel, name: str) -> None:
+    others = sorted({str(p.dtype) for p in model.parameters()} - {"torch.float32"})
+    if others:
         raise UserError(
-            f"{name} has weights in {', '.join(sorted(others))} that stay so (a quantised checkpoint?); a student"
-            " needs a checkpoint in full or half precision"
+            f"{name} has weights that stay in {', '.join(others)} (a quantised checkpoint?): a student needs a"
+            " checkpoint in full or half precision"
         )
 
 

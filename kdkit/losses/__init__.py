@@ -13,14 +13,8 @@ from kdkit.losses.divergences import (
     skew_reverse_kl,
     tvd,
 )
-from kdkit.losses.head_pass import (
-    DivergenceTerm,
-    HeadPassResult,
-    LabelTerm,
-    head_pass,
-    linear_divergence,
-    logits_pass,
-)
+from kdkit.losses.head_pass import HeadPassResult, head_pass, linear_divergence, logits_pass
+from kdkit.losses.terms import DivergenceTerm, LabelTerm
 
 __all__ = [
     "LOSSES",

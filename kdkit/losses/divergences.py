@@ -146,9 +146,7 @@ def skew_reverse_kl(student_logprobs: Tensor, teacher_logprobs: Tensor, *, alpha
     return _sum_entries(student_logprobs, teacher_logprobs, partial(_skew_reverse_kl_entries, alpha))
 
 
-def alpha_beta(
-    student_logprobs: Tensor, teacher_logprobs: Tensor, *, alpha: float = 0.2, beta: float = 0.7
-) -> Tensor:
+def alpha_beta(student_logprobs: Tensor, teacher_logprobs: Tensor, *, alpha: float = 0.2, beta: float = 0.7) -> Tensor:
     """Alpha-beta divergence.
 
     −1/(αβ) Σ [p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β)], by its closed form where α, β or α+β is 0. (1, 0) is
@@ -309,17 +307,13 @@ def _tvd_entries(log_q: Tensor, log_p: Tensor, log_ratio: Tensor) -> _Entries:
     return gap.abs().mul_(0.5), lambda: gap.sign().mul_(q).mul_(0.5)
 
 
-def _skew_forward_kl_entries(
-    alpha: float, log_q: Tensor, log_p: Tensor, log_ratio: Tensor
-) -> _Entries:
+def _skew_forward_kl_entries(alpha: float, log_q: Tensor, log_p: Tensor, log_ratio: Tensor) -> _Entries:
     log_p_over_m = _log_mix(alpha, log_ratio).neg_()
     values = log_p.exp().mul_(log_p_over_m)
     return values, lambda: log_p_over_m.add_(log_q).exp_().mul_(alpha - 1)  # −(1 − α) q p/m
 
 
-def _skew_reverse_kl_entries(
-    alpha: float, log_q: Tensor, log_p: Tensor, log_ratio: Tensor
-) -> _Entries:
+def _skew_reverse_kl_entries(alpha: float, log_q: Tensor, log_p: Tensor, log_ratio: Tensor) -> _Entries:
     log_q_over_m = _log_mix(alpha, -log_ratio).neg_()
     q = log_q.exp()
     values = q * log_q_over_m
@@ -327,9 +321,7 @@ def _skew_reverse_kl_entries(
     return values, lambda: log_q_over_m.exp().mul_(-alpha).add_(log_q_over_m).add_(1).mul_(q)
 
 
-def _alpha_beta_entries(
-    alpha: float, beta: float, log_q: Tensor, log_p: Tensor, log_ratio: Tensor
-) -> _Entries:
+def _alpha_beta_entries(alpha: float, beta: float, log_q: Tensor, log_p: Tensor, log_ratio: Tensor) -> _Entries:
     total = alpha + beta
     cross = (log_p * total).add_(log_ratio, alpha=beta).exp_()  # p^α q^β, 0 where both are
     p_power = (log_p * total).exp_()
@@ -338,18 +330,14 @@ def _alpha_beta_entries(
     return values.div_(alpha * beta), lambda: q_power.sub_(cross).div_(alpha)
 
 
-def _teacher_power_entries(
-    alpha: float, log_q: Tensor, log_p: Tensor, log_ratio: Tensor
-) -> _Entries:
+def _teacher_power_entries(alpha: float, log_q: Tensor, log_p: Tensor, log_ratio: Tensor) -> _Entries:
     """The limit β → 0: 1/α² [p^α log(p^α/q^α) − p^α + q^α]."""
     p_power, q_power = (log_p * alpha).exp_(), (log_q * alpha).exp_()
     gap = q_power - p_power
     return (p_power * log_ratio).mul_(-alpha).add_(gap).div_(alpha**2), lambda: gap.div_(alpha)
 
 
-def _student_power_entries(
-    beta: float, log_q: Tensor, log_p: Tensor, log_ratio: Tensor
-) -> _Entries:
+def _student_power_entries(beta: float, log_q: Tensor, log_p: Tensor, log_ratio: Tensor) -> _Entries:
     """The limit α → 0: 1/β² [q^β log(q^β/p^β) − q^β + p^β]."""
     p_power, q_power = (log_p * beta).exp_(), (log_q * beta).exp_()
     values = (q_power * log_ratio).mul_(beta).sub_(q_power).add_(p_power).div_(beta**2)

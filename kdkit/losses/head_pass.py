@@ -1,20 +1,22 @@
 """One chunked pass from hidden states through the heads to every loss over the vocabulary.
 
-The logits of N positions, (N, V), would be the largest tensors of a training step, for student and teacher alike. Here
-they exist for a few positions at a time, and their gradient goes straight through the head into (N, H) and (V, H):
+The logits of N positions, (N, V), would be the largest tensors of a training step, for student and teacher
+alike. Here they exist for a few positions at a time, and their gradient goes straight through the head into
+(N, H) and (V, H):
 
     for each chunk of positions            matrix products, in the compute dtype
         logits of student and teacher
         for each block of the chunk        losses, in float32
-            terms -> values, gradient by the logits, which takes the logits' place
-        gradient by hidden states, weight and bias, summed in float32
+            terms -> values, and the gradient by the logits, which takes the logits' place
+        gradients by hidden states, weight and bias, summed in float32
 
-The gradients are thus known when the forward pass ends; the backward pass multiplies them by what comes from above.
+The gradients are thus known when the forward pass ends; the backward pass multiplies them by what comes from
+above.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,66 +24,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdkit.losses.divergences import Loss, resolve_loss
-from kdkit.teacher.signal import (
-    Head,
-    TeacherSignal,
-    at_least_float32,
-    bucket_logprobs,
-    compute_dtype,
-    tempered_logprobs,
-)
+from kdkit.losses.terms import DivergenceTerm, LabelTerm, Tally, Task, block_objective, check_task
+from kdkit.teacher.signal import Head, TeacherSignal, at_least_float32, compute_dtype
 
-# A chunk is long for the sake of the matrix products: the weight's gradient, (V, H), is read and written once per
-# chunk. The losses gain nothing from that, and need about ten times the memory of the logits.
+# A chunk is long for the sake of the matrix products: the weight's gradient, (V, H), is read and written once
+# per chunk. The losses gain nothing from that, and hold several times the memory of the logits.
 _BLOCKS_PER_CHUNK = 8
-
-TEACHER_ENTROPY, LABEL_LOGPROBS = "teacher_entropy", "label_logprobs"
-
-
-class Term(Protocol):
-    """A loss over the vocabulary with its place in the sum."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def weight(self) -> float: ...
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def token_weights(self) -> Tensor | None: ...
-
-
-@dataclass(frozen=True, eq=False)
-class DivergenceTerm:
-    """A divergence between teacher and student."""
-
-    name: str
-    loss: Loss
-    """(student_logprobs (n, C), teacher_logprobs (n, C)) -> (n,); differentiated by autograd, block by block."""
-    weight: float = 1.0
-    """Factor on the sum; at 0 the value is still computed, the gradient is not."""
-    temperature: float = 1.0
-    """Divides both sides' logits."""
-    token_weights: Tensor | None = None
-    """(N,) factor per position, no gradient; None is 1 everywhere."""
-
-
-@dataclass(frozen=True, eq=False)
-class LabelTerm:
-    """Cross-entropy of the labels at temperature 1; needs no teacher."""
-
-    name: str
-    targets: Tensor
-    """(N,) ids below the head's V'; every position counts."""
-    weight: float = 1.0
-    """Factor on the sum; at 0 the value is still computed, the gradient is not."""
-    token_weights: Tensor | None = None
-    """(N,) factor per position, no gradient; None is 1 everywhere."""
-
-    @property
-    def temperature(self) -> float:
-        """1: labels are not softened."""
-        return 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,36 +53,36 @@ def head_pass(
     chunk_tokens: int = 256,
     extras: Sequence[str] = (),
 ) -> HeadPassResult:
-    """Sum of all terms over the vocabulary, without logits of all positions at once.
+    """Sum of all terms over the vocabulary, without the logits of all positions at once.
 
-    Σ over terms of weight · Σ_n token_weights_n · loss_n. Equal to the dense path within float32 rounding for any
-    chunk size. The matrix products run in `compute_dtype(student_hidden, weight)`, everything else in float32.
+    Σ over terms of weight · Σ_n token_weights_n · loss_n. Equal to the dense path within float32 rounding for
+    any chunk size. Matrix products run in `compute_dtype(student_hidden, weight)`, all else in float32.
     Normalising by counts is the caller's business, through `weight` or by scaling the total.
 
     Args:
         student_hidden: (N, H) final hidden states at the counted positions; N may be 0; gradient flows.
         student_head: the student's head; gradient flows to weight and bias where they require it.
-        signal: the teacher at the same N positions, on any device; None where no term and no extra needs one.
-        terms: what to sum; names differ.
+        signal: the teacher at the same N positions, on any device; None where no term or extra needs one.
+        terms: what to sum; their names differ.
         chunk_tokens: positions whose logits exist at a time. More is faster, up to a few hundred.
-        extras: per-position figures to return besides: "teacher_entropy" (nats, at temperature 1; of a top-k signal
-            with its tail as one outcome) and "label_logprobs" (student's log-probability of the first label term's
-            targets).
+        extras: per-position figures to return besides: "teacher_entropy" (nats, at temperature 1; of a top-k
+            signal with its tail as one outcome) and "label_logprobs" (the student's log-probability of the
+            first label term's targets).
     Returns:
-        Total, parts and extras, float32 (float64 for float64). The total depends on the inputs even where N = 0 or all
-        weights are 0: its gradient is then zero, which keeps distributed training in step.
+        Total, parts and extras, float32 (float64 for float64). The total depends on the inputs even where N = 0
+        or all weights are 0: its gradient is then zero, which keeps distributed training in step.
     Raises:
-        ValueError: shapes, names or vocabulary widths that do not go together; a term or extra that needs what is not
-            there; a temperature that the signal does not hold.
-        RuntimeError: on differentiating the gradient.
+        ValueError: shapes, names or vocabulary widths that do not go together; a term or extra that needs what
+            is not there; a temperature that the signal does not hold.
+        RuntimeError: on differentiating the gradient, or a weighted term whose loss has none.
     """
-    task = _Task(student_head, signal, tuple(terms), chunk_tokens, tuple(extras))
-    _check_task(task, student_hidden.shape[0], student_hidden.device)
-    leaves = (student_hidden, student_head.weight, student_head.bias)
+    task = Task(student_head, signal, tuple(terms), chunk_tokens, tuple(extras))
+    check_task(task, len(student_hidden))
+    inputs: tuple[Tensor | None, ...] = (student_hidden, student_head.weight, student_head.bias)
     if not torch.is_grad_enabled():  # a custom function is not told of no_grad
-        leaves = tuple(None if leaf is None else leaf.detach() for leaf in leaves)
-    total, parts, *found = _HeadPass.apply(*leaves, task)
-    return _result(task, total, parts, found)
+        inputs = tuple(None if tensor is None else tensor.detach() for tensor in inputs)
+    total, parts, *found = _HeadPass.apply(*inputs, task)
+    return _result(task, total, Tally(parts, dict(zip(task.extra_names, found, strict=True))))
 
 
 def logits_pass(
@@ -151,26 +99,24 @@ def logits_pass(
         student_logits: (N, V); gradient flows.
         signal: as in `head_pass`.
         terms: as in `head_pass`.
-        chunk_tokens: positions whose log-probabilities exist at a time under no_grad; with gradient all are kept.
+        chunk_tokens: positions that are worked on at a time; autograd keeps what it needs of all of them.
         extras: as in `head_pass`.
     Returns:
         As `head_pass`.
     Raises:
         ValueError: as `head_pass`.
     """
-    as_is = Head(student_logits.new_empty(student_logits.shape[-1], 0))
-    task = _Task(as_is, signal, tuple(terms), chunk_tokens, tuple(extras))
-    num_positions, device = student_logits.shape[0], student_logits.device
-    _check_task(task, num_positions, device)
-    tally = _Tally.zeros(task, num_positions, like=student_logits)
-    total = at_least_float32(student_logits[:0]).sum()
-    start = 0
-    for logits in student_logits.split(chunk_tokens) if num_positions else ():
+    ids_only = Head(student_logits.new_empty(student_logits.shape[-1], 0))
+    task = Task(ids_only, signal, tuple(terms), chunk_tokens, tuple(extras))
+    check_task(task, len(student_logits))
+    tally = Tally.zeros(task, len(student_logits), like=student_logits)
+    total, start = at_least_float32(student_logits[:0]).sum(), 0
+    for logits in student_logits.split(chunk_tokens) if len(student_logits) else ():
         rows = slice(start, start + len(logits))
-        teacher = None if signal is None else signal.rows(rows.start, rows.stop, device)
-        total = total + _objective(at_least_float32(logits), teacher, task, rows=rows, tally=tally)
+        teacher = task.teacher_rows(rows, logits.device)
+        total = total + block_objective(at_least_float32(logits), teacher, task, rows=rows, tally=tally)
         start = rows.stop
-    return _result(task, total, tally.parts, tally.extras)
+    return _result(task, total, tally)
 
 
 def linear_divergence(
@@ -200,70 +146,32 @@ def linear_divergence(
     Raises:
         ValueError: as `head_pass`; unknown loss.
     """
-    term = DivergenceTerm(
-        "divergence", resolve_loss(loss, **own), temperature=temperature, token_weights=token_weights
-    )
+    term = DivergenceTerm("divergence", resolve_loss(loss, **own), temperature=temperature, token_weights=token_weights)
     return head_pass(student_hidden, student_head, signal, [term], chunk_tokens=chunk_tokens).total
-
-
-@dataclass(frozen=True, eq=False)
-class _Task:
-    """All of a pass that is not differentiated."""
-
-    head: Head
-    signal: TeacherSignal | None
-    terms: tuple[DivergenceTerm | LabelTerm, ...]
-    chunk_tokens: int
-    extra_names: tuple[str, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class _Tally:
-    """What the blocks add up, detached."""
-
-    parts: Tensor
-    """(number of terms,)"""
-    extras: list[Tensor]
-    """(N,) for each name"""
-
-    @classmethod
-    def zeros(cls, task: _Task, num_positions: int, *, like: Tensor) -> "_Tally":
-        dtype = at_least_float32(like[:0]).dtype
-        parts = torch.zeros(len(task.terms), dtype=dtype, device=like.device)
-        return cls(parts, [parts.new_zeros(num_positions) for _ in task.extra_names])
 
 
 class _HeadPass(torch.autograd.Function):
     """The walk over chunks."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: _Task
-    ) -> tuple[Tensor, ...]:
-        dtype = compute_dtype(hidden, weight)
-        num_positions, num_ids = hidden.shape[0], task.head.num_ids
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: Task) -> tuple[Tensor, ...]:
+        dtype, num_positions, num_ids = compute_dtype(hidden, weight), len(hidden), task.head.num_ids
         head_weight = weight[:num_ids].to(dtype)  # (V', H), cast once
-        head_bias = None if bias is None else bias[:num_ids].to(dtype)
-        tally = _Tally.zeros(task, num_positions, like=head_weight)
-        gradients = _Gradients.zeros(hidden, weight, bias, ctx.needs_input_grad, tally.parts.dtype)
+        head_bias = None if bias is None else bias[:num_ids].to(dtype)  # (V',)
+        tally = Tally.zeros(task, num_positions, like=head_weight)
+        gradients = _Gradients.zeros((hidden, weight, bias), ctx.needs_input_grad[:3])
         for start in range(0, num_positions, task.chunk_tokens):
             rows = slice(start, min(start + task.chunk_tokens, num_positions))
-            chunk_hidden = hidden[rows].to(dtype)  # (n, H)
-            logits = F.linear(chunk_hidden, head_weight, head_bias)  # (n, V')
-            teacher = None
-            if task.signal is not None:
-                teacher = task.signal.rows(rows.start, rows.stop, hidden.device)
-            row_scale = _walk_blocks(logits, teacher, task, rows=rows, tally=tally, gradients=gradients)
-            gradients.add_products(rows, logits, row_scale, chunk_hidden, head_weight)
+            chunk = hidden[rows].to(dtype)  # (n, H)
+            logits = F.linear(chunk, head_weight, head_bias)  # (n, V')
+            row_scale = _walk_blocks(logits, task, rows, tally=tally, gradients=gradients)
+            if row_scale is not None:
+                gradients.add_products(rows, logits, row_scale=row_scale, hidden=chunk, weight=head_weight)
+            del logits  # before the next chunk's are made
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        ctx.mark_non_differentiable(tally.parts, *tally.extras)
-        weights = [term.weight for term in task.terms]
-        total = sum(
-            (w * part for w, part in zip(weights, tally.parts.unbind(), strict=True) if w != 0),
-            start=tally.parts.new_zeros(()),
-        )
-        return total, tally.parts, *tally.extras
+        ctx.mark_non_differentiable(tally.parts, *tally.extras.values())
+        return _total(task, tally.parts), tally.parts, *tally.extras.values()
 
     @staticmethod
     @once_differentiable
@@ -272,10 +180,100 @@ class _HeadPass(torch.autograd.Function):
         return *(None if x is None else (x * grad).to(dtype) for x, dtype in saved), None
 
 
+def _walk_blocks(logits: Tensor, task: Task, rows: slice, *, tally: Tally, gradients: "_Gradients") -> Tensor | None:
+    """Put the gradient by a chunk's logits in their place; the (n, 1) factor taken out, None if none is formed."""
+    teacher = task.teacher_rows(rows, logits.device)
+    form = gradients.wanted and task.has_weight
+    row_scale = at_least_float32(logits.new_ones(len(logits), 1))  # (n, 1)
+    size = -(-task.chunk_tokens // _BLOCKS_PER_CHUNK)
+    for start in range(0, len(logits), size):
+        block = slice(start, min(start + size, len(logits)))
+        gradient = _block_gradient(
+            logits[block],
+            None if teacher is None else teacher.rows(block.start, block.stop, logits.device),
+            task,
+            rows=slice(rows.start + block.start, rows.start + block.stop),
+            tally=tally,
+            form=form,
+        )  # (r, V')
+        if gradient is None:
+            continue
+        if gradients.bias is not None:
+            gradients.bias[: gradient.shape[-1]] += gradient.sum(0)
+        if _is_half(logits.dtype):  # each row as large as the dtype likes it: small entries survive
+            row_scale[block] = _power_of_two(torch.linalg.vector_norm(gradient, torch.inf, -1, keepdim=True))
+            gradient /= row_scale[block]
+        logits[block] = gradient
+    return row_scale if form else None
+
+
+def _block_gradient(
+    product: Tensor, teacher: TeacherSignal | None, task: Task, *, rows: slice, tally: Tally, form: bool
+) -> Tensor | None:
+    """Gradient of the weighted sum over a block by the head's product `W h + b`, (r, V'); None unless `form`."""
+    leaf = at_least_float32(product).detach().requires_grad_(form)  # (r, V')
+    with torch.set_grad_enabled(form):
+        objective = block_objective(task.head.finish(leaf), teacher, task, rows=rows, tally=tally)
+    return torch.autograd.grad(objective, leaf)[0] if form else None
+
+
 @dataclass(frozen=True, eq=False)
 class _Gradients:
     """Gradients by the inputs, in float32 or better; None for an input that requires none."""
 
     hidden: Tensor | None
+    """(N, H)"""
     weight: Tensor | None
+    """(V, H)"""
     bias: Tensor | None
+    """(V,)"""
+
+    @classmethod
+    def zeros(cls, inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> "_Gradients":
+        def zeros_for(tensor: Tensor | None, need: bool) -> Tensor | None:
+            if tensor is None or not need:
+                return None
+            dtype = torch.promote_types(tensor.dtype, torch.float32)
+            return torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+
+        return cls(*map(zeros_for, inputs, needed))
+
+    @property
+    def wanted(self) -> bool:
+        """Whether any input requires a gradient."""
+        return any(gradient is not None for gradient in (self.hidden, self.weight, self.bias))
+
+    def add_products(self, rows: slice, units: Tensor, *, row_scale: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        """Add a chunk's share, given the gradient by its logits as units (n, V') · row_scale (n, 1)."""
+        if self.hidden is not None:
+            self.hidden[rows] = (units @ weight) * row_scale  # (n, H)
+        if self.weight is None:
+            return
+        share = self.weight[: units.shape[-1]]  # (V', H)
+        if not _is_half(units.dtype):
+            share.addmm_(units.T, hidden)
+            return
+        left = hidden * row_scale  # (n, H) float32
+        scale = _power_of_two(left.abs().amax())
+        share.addcmul_(units.T @ (left / scale).to(units.dtype), scale)
+
+
+def _is_half(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float16, torch.bfloat16)
+
+
+def _power_of_two(size: Tensor) -> Tensor:
+    """The power of two at or below `size`, so that dividing by it costs no digits; NaN and inf stay."""
+    return size.clamp_min(torch.finfo(size.dtype).tiny).log2().floor().exp2()
+
+
+def _total(task: Task, parts: Tensor) -> Tensor:
+    """Weighted sum of the parts; one of weight 0 does not count, even where it is not finite."""
+    weights = [term.weight for term in task.terms]
+    shares = [weight * part for weight, part in zip(weights, parts.unbind(), strict=True) if weight != 0]
+    return torch.stack(shares).sum() if shares else parts.new_zeros(())
+
+
+def _result(task: Task, total: Tensor, tally: Tally) -> HeadPassResult:
+    names = [term.name for term in task.terms]
+    return HeadPassResult(total, dict(zip(names, tally.parts.unbind(), strict=True)), tally.extras)

@@ -25,7 +25,7 @@ from torch import Tensor
 from kdkit.softdtw.band import band_limits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Wavefront:
     """Where the cells of each anti-diagonal and their three predecessors lie; C cells in all."""
 
@@ -90,7 +90,8 @@ def align(
 def _plan(lengths_n: Tensor, lengths_m: Tensor, *, cost: Tensor, band: int | None) -> Wavefront:
     """The wavefront over the cells that any sample may use; lengths on the host, 0 = empty."""
     ends = lengths_n + lengths_m - 2
-    first, last = band_limits(lengths_n, lengths_m, band=band, num_diagonals=int(ends.max()) + 1)  # (A, B)
+    num_diagonals = int(ends.max()) + 1
+    first, last = band_limits(lengths_n, lengths_m, band=band, num_diagonals=num_diagonals)  # (A, B)
     has_cells = first <= last
     low = first.where(has_cells, cost.shape[1]).amin(1)  # (A,)
     high = last.where(has_cells, -1).amax(1)
@@ -108,7 +109,8 @@ def _plan(lengths_n: Tensor, lengths_m: Tensor, *, cost: Tensor, band: int | Non
     outside = None
     if bool((first != low[:, None]).any() or (last != high[:, None]).any()):
         outside = (rows[:, None] < first[diagonal_index]) | (rows[:, None] > last[diagonal_index])
-    last_slots = torch.where(ends >= 0, own[ends.clamp(min=0)] + lengths_n - 1 - low[ends.clamp(min=0)], 0)
+    end = ends.clamp(min=0)
+    last_slots = torch.where(ends >= 0, own[end] + lengths_n - 1 - low[end], 0)
     return Wavefront(
         widths=widths.tolist(),
         own=own.tolist(),

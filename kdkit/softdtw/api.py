@@ -1,17 +1,15 @@
 """What callers use: checks, dtypes, gradient and dispatch, the same for every backend."""
 
 import math
-from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd import Function
+from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
 from kdkit.softdtw import anti_diagonal, reference
-from kdkit.softdtw.cost import pairwise_cost
-
-Lengths = Tensor | None
 
 
 class Backend(Protocol):
@@ -46,8 +44,8 @@ class Backend(Protocol):
 
 def soft_dtw(
     cost: Tensor,
-    lengths_n: Lengths = None,
-    lengths_m: Lengths = None,
+    lengths_n: Tensor | None = None,
+    lengths_m: Tensor | None = None,
     *,
     gamma: float,
     band: int | None = None,
@@ -76,14 +74,19 @@ def soft_dtw(
         ValueError: gamma <= 0, band < 1, lengths that do not fit, an unknown backend.
     Source: Cuturi & Blondel 2017, arXiv:1703.01541, equation 1. Differs: none.
     """
-    options = _Options(gamma, band=band, backend=backend)
-    return _value_and_alignment(cost, (lengths_n, lengths_m), options, with_alignment=False)[0]
+    solve = _solver(gamma, band=band, backend=backend)
+    cost, lengths_n, lengths_m = _checked(cost, lengths_n, lengths_m)
+    if torch.is_grad_enabled() and cost.requires_grad:
+        value, _ = _SoftDTW.apply(cost, lengths_n, lengths_m, solve)
+    else:
+        value, _ = solve(cost, lengths_n, lengths_m, with_alignment=False)
+    return value
 
 
 def expected_alignment(
     cost: Tensor,
-    lengths_n: Lengths = None,
-    lengths_m: Lengths = None,
+    lengths_n: Tensor | None = None,
+    lengths_m: Tensor | None = None,
     *,
     gamma: float,
     band: int | None = None,
@@ -103,15 +106,14 @@ def expected_alignment(
         ValueError: as `soft_dtw`.
     Source: Cuturi & Blondel 2017, arXiv:1703.01541, section 2. Differs: none.
     """
-    options = _Options(gamma, band=band, backend=backend)
-    lengths = (lengths_n, lengths_m)
-    return _value_and_alignment(cost.detach(), lengths, options, with_alignment=True)[1]
+    _, alignment = soft_dtw_and_alignment(cost.detach(), lengths_n, lengths_m, gamma=gamma, band=band, backend=backend)
+    return alignment
 
 
 def soft_dtw_and_alignment(
     cost: Tensor,
-    lengths_n: Lengths = None,
-    lengths_m: Lengths = None,
+    lengths_n: Tensor | None = None,
+    lengths_m: Tensor | None = None,
     *,
     gamma: float,
     band: int | None = None,
@@ -126,5 +128,90 @@ def soft_dtw_and_alignment(
     Raises:
         ValueError: as `soft_dtw`.
     """
-    options = _Options(gamma, band=band, backend=backend)
-    return _value_and_alignment(cost, (lengths_n, lengths_m), options, with_alignment=True)
+    solve = _solver(gamma, band=band, backend=backend)
+    cost, lengths_n, lengths_m = _checked(cost, lengths_n, lengths_m)
+    return _SoftDTW.apply(cost, lengths_n, lengths_m, solve)
+
+
+class _SoftDTW(Function):
+    """The gradient does not depend on what comes after, so the forward pass computes it too."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, cost: Tensor, lengths_n: Tensor, lengths_m: Tensor, solve: partial
+    ) -> tuple[Tensor, Tensor]:
+        """Values and alignment; the alignment is kept for the backward pass."""
+        value, alignment = solve(cost.detach(), lengths_n, lengths_m, with_alignment=True)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(alignment)
+        ctx.save_for_backward(alignment)
+        return value, alignment
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: BackwardCFunction, grad_value: Tensor | None, _grad_alignment: None
+    ) -> tuple[Tensor | None, None, None, None]:
+        """Alignment times the incoming gradient."""
+        if grad_value is None:
+            return None, None, None, None
+        (alignment,) = ctx.saved_tensors
+        grad = alignment * grad_value[:, None, None]
+        # Dividing by a length of 0 after us sends inf or NaN back: 0 mass stays gradient 0.
+        return grad.masked_fill_(alignment == 0, 0.0), None, None, None
+
+
+def _solver(gamma: float, *, band: int | None, backend: str | Backend | None) -> partial:
+    """The backend with its checked options filled in."""
+    if not 0 < gamma < math.inf:
+        raise ValueError(f"gamma is {gamma!r}; allowed: a finite number > 0, in units of the cost.")
+    if band is not None and (not isinstance(band, int) or band < 1):
+        raise ValueError(f"band is {band!r}; allowed: a whole number >= 1, or None for no band.")
+    if isinstance(backend, str) and backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}, or None.")
+    function = BACKENDS[backend or DEFAULT_BACKEND] if isinstance(backend, str | None) else backend
+    return partial(function, gamma=float(gamma), band=band)
+
+
+def _checked(cost: Tensor, lengths_n: Tensor | None, lengths_m: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The cost in float32 or float64 and both lengths on the CPU."""
+    if cost.dim() != 3 or not cost.is_floating_point():
+        raise ValueError(f"cost is {cost.dtype} of shape {tuple(cost.shape)}; allowed: floats of shape (B, N, M).")
+    batch, n, m = cost.shape
+    return (
+        cost.to(torch.promote_types(cost.dtype, torch.float32)),
+        checked_lengths(lengths_n, "lengths_n", (batch, n)),
+        checked_lengths(lengths_m, "lengths_m", (batch, m)),
+    )
+
+
+def checked_lengths(lengths: Tensor | None, name: str, size: tuple[int, int]) -> Tensor:
+    """Lengths of a padded batch as (B,) int64 on the CPU.
+
+    Args:
+        lengths: (B,) integer, any device; None = every sample is as long as the padding.
+        name: what to call them in an error.
+        size: batch size and padded length.
+    Returns:
+        (B,) int64, CPU, each 0..padded length.
+    Raises:
+        ValueError: not one whole number 0..padded length for each sample.
+    """
+    batch, longest = size
+    if lengths is None:
+        return torch.full((batch,), longest)
+    if lengths.shape != (batch,) or lengths.is_floating_point():
+        raise ValueError(
+            f"{name} is {lengths.dtype} of shape {tuple(lengths.shape)}; allowed: one whole number "
+            f"for each of the {batch} samples."
+        )
+    host = lengths.detach().to("cpu", torch.int64)
+    if batch and (int(host.min()) < 0 or int(host.max()) > longest):
+        raise ValueError(
+            f"{name} runs from {int(host.min())} to {int(host.max())}; allowed: 0 to {longest}, the padded length."
+        )
+    return host
+
+
+BACKENDS: dict[str, Backend] = {"reference": reference.align, "torch": anti_diagonal.align}
+DEFAULT_BACKEND = "torch"

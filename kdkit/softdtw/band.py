@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 
-def band_limits(
-    lengths_n: Tensor, lengths_m: Tensor, *, band: int | None, num_diagonals: int
-) -> tuple[Tensor, Tensor]:
+def band_limits(lengths_n: Tensor, lengths_m: Tensor, *, band: int | None, num_diagonals: int) -> tuple[Tensor, Tensor]:
     """First and last admissible row of every anti-diagonal i + j = a, for every sample.
 
     Args:
@@ -57,7 +55,7 @@ def diagonal_path(lengths_n: Tensor, lengths_m: Tensor) -> tuple[Tensor, Tensor,
     """
     longer = torch.maximum(lengths_n, lengths_m)
     num_cells = torch.where(torch.minimum(lengths_n, lengths_m) > 0, longer, 0)
-    step = torch.arange(int(longer.max()) if longer.numel() else 0, device=longer.device)
+    step = torch.arange(int(num_cells.max()) if num_cells.numel() else 0, device=longer.device)
     on_path = step[None, :] < num_cells[:, None]  # (B, L)
     last_step = (longer[:, None] - 1).clamp(min=1)
 

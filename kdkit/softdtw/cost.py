@@ -52,9 +52,7 @@ def _directions(x: Tensor) -> Tensor:
 
 def _squared_distance(x: Tensor, y: Tensor) -> Tensor:
     """||x - y||^2, (B, N, M), without the (B, N, M, D) differences."""
-    return (
-        x.square().sum(-1)[:, :, None] + y.square().sum(-1)[:, None, :] - 2.0 * (x @ y.mT)
-    )  # (B, N, M)
+    return x.square().sum(-1)[:, :, None] + y.square().sum(-1)[:, None, :] - 2.0 * (x @ y.mT)  # (B, N, M)
 
 
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -20,7 +20,11 @@ PORTION_ROWS = 256
 
 
 def write_teacher_answers(
-    config: DistillConfig, output: Path, *, resume: bool = False, progress: Callable[[int, int], None] | None = None
+    config: DistillConfig,
+    output: Path,
+    *,
+    resume: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Have the teacher answer every training prompt, rows without an answer included.
 
@@ -76,10 +80,14 @@ def _answer_portions(
     """Append answers portion by portion, after those that are there already."""
     done = _keep_whole_lines(partial)
     if done > len(rows):
-        raise UserError(f"{partial} holds {done} answers to {len(rows)} rows: it belongs to other rows; delete it")
+        raise UserError(
+            f"{partial} holds {done} answers to {len(rows)} rows: it belongs to other rows; delete it"
+        )
     machine = preflight()
     settings, evaluation = config.teacher, config.evaluation
-    dtype = usable_dtype(machine.device, machine.capability).dtype if settings.dtype == "auto" else settings.dtype
+    dtype = (
+        usable_dtype(machine.device, machine.capability).dtype if settings.dtype == "auto" else settings.dtype
+    )
     model = load_model(
         settings.path,
         dtype=getattr(torch, dtype),

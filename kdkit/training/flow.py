@@ -125,7 +125,9 @@ class StageFlow(TrainerCallback):
         if not self._weights_before:
             return
         moved = zip(self._trained(), self._weights_before, strict=True)
-        squares = torch.stack([(now.detach() - before).double().square().sum() for now, before in moved]).sum()
+        squares = torch.stack(
+            [(now.detach() - before).double().square().sum() for now, before in moved]
+        ).sum()
         if self.trainer.is_fsdp_enabled:  # each process holds its own shard
             squares = self.trainer.accelerator.reduce(squares, reduction="sum")
         self.trainer.update_norm = math.sqrt(squares.item())
@@ -195,7 +197,9 @@ class ConsoleProgress(TrainerCallback):
         """Show loss and parts, with the time left."""
         if not logs or not state.is_world_process_zero:
             return
-        parts = {name.removeprefix("part/"): f"{value:.4g}" for name, value in logs.items() if name[:5] == "part/"}
+        parts = {
+            name.removeprefix("part/"): f"{value:.4g}" for name, value in logs.items() if name[:5] == "part/"
+        }
         if self._bar is not None:
             self._bar.set_postfix(loss=f"{logs['loss']:.4g}", **parts)
             return

@@ -71,7 +71,9 @@ class RunFolder:
         if self.path.is_file():
             raise UserError(f"--output {self.path} is a file; give a folder")
         if self.path.is_dir() and any(self.path.iterdir()):
-            hint = "add --resume to continue the run in it, or " if (self.path / CONFIG_FILE).is_file() else ""
+            hint = (
+                "add --resume to continue the run in it, or " if (self.path / CONFIG_FILE).is_file() else ""
+            )
             raise UserError(f"--output {self.path} exists and is not empty: {hint}give another folder")
 
 

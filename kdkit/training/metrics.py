@@ -47,14 +47,18 @@ class RunningSums:
 
     def state(self) -> dict[str, object]:
         """The sums as JSON-ready numbers; 64-bit floats survive JSON exactly."""
-        return {"num_steps": self.num_steps, "sums": {name: value.tolist() for name, value in self._done.items()}}
+        return {
+            "num_steps": self.num_steps,
+            "sums": {name: value.tolist() for name, value in self._done.items()},
+        }
 
     def restore(self, state: dict, device: torch.device) -> None:
         """Go on from what `state` returned."""
         self._pending = {}
         self.num_steps = state["num_steps"]
         self._done = {
-            name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in state["sums"].items()
+            name: torch.tensor(value, dtype=torch.float64, device=device)
+            for name, value in state["sums"].items()
         }
 
 

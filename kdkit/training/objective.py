@@ -111,9 +111,7 @@ class KdTerm:
 
     def head_term(self, batch: Batch, moment: Moment, coefficient: float) -> DivergenceTerm:
         """The term as the head pass takes it."""
-        return DivergenceTerm(
-            self.name, self.loss, weight=coefficient, temperature=self.temperature(moment)
-        )
+        return DivergenceTerm(self.name, self.loss, weight=coefficient, temperature=self.temperature(moment))
 
 
 class LmTerm:
@@ -177,18 +175,11 @@ class DtwTerm:
                 teacher_weights=importance,
                 adaptive_band=self._adaptive_band(self.config.adaptive_band, moment),
             )
-        counted = result.counted.float()  # (B,)
         return TermValue(
             result.per_sample.sum(),
             {
-                "dtw/off_diagonal_fraction": (
-                    (result.off_diagonal_fraction * counted).sum(),
-                    counted.sum(),
-                ),
-                "dtw/to_diagonal_ratio": (
-                    (result.warped * counted).sum(),
-                    (result.diagonal * counted).sum(),
-                ),
+                "dtw/off_diagonal_fraction": (result.off_diagonal_fraction.sum(), result.counted.sum()),
+                "dtw/to_diagonal_ratio": (result.expected.sum(), result.diagonal.sum()),
             },
         )
 

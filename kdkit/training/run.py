@@ -195,6 +195,8 @@ class _Run:
             settings.path if after is None else after,
             dtype=torch.float32,
             device=self._device(),
+            trainable=True,
+            revision=settings.revision if after is None else None,
             attn_implementation=settings.attention,
             trust_remote_code=settings.trust_remote_code,
             from_scratch=settings.from_scratch and after is None,
@@ -212,6 +214,7 @@ class _Run:
                 settings.path,
                 dtype=getattr(torch, self._dtype_name(settings.dtype)),
                 device=self._device() if settings.device == "auto" else settings.device,
+                revision=settings.revision,
                 attn_implementation=settings.attention,
                 trust_remote_code=settings.trust_remote_code,
             )
@@ -260,7 +263,11 @@ class _Run:
         for name, path, from_scratch in self._finalists():
             print(f"measuring {name} on {len(rows)} rows", file=sys.stderr)
             model = load_model(
-                path, dtype=torch.float32, device=self._device(), from_scratch=from_scratch, seed=self.config.seed
+                path,
+                dtype=torch.float32,
+                device=self._device(),
+                from_scratch=from_scratch,
+                seed=self.config.seed,
             )
             measured[name] = self._measure(model, rows)
         if self.config.evaluation.teacher:
@@ -278,7 +285,7 @@ class _Run:
     def _finalists(self) -> list[tuple[str, str | Path, bool]]:
         """Students to measure: the finished one, and its start unless that was random."""
         before: list[tuple[str, str | Path, bool]] = []
-        if not self.config.student.from_scratch:
+        if self.config.evaluation.before and not self.config.student.from_scratch:
             before = [("before", self.config.student.path, False)]
         return [("student", self.folder.model, False), *before]
 

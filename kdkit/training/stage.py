@@ -205,5 +205,3 @@ def _is_model_json(file: Path) -> bool:
     """Whether a JSON file of a checkpoint belongs to the model, not to the training."""
     ours = {checkpoint.SEAL, "trainer_state.json", "kdkit_state.json"}
     return file.suffix == ".json" and file.name not in ours
-
-

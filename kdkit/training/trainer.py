@@ -130,7 +130,7 @@ class DistillTrainer(Trainer):
     ) -> Tensor:
         """This micro-batch's share of the window's loss, times the processes, over which DDP and FSDP average."""
         assert num_items_in_batch is not None
-        moment = Moment(self.state.global_step, self.state.max_steps, num_items_in_batch)
+        moment = Moment(self.state.global_step, self.args.max_steps, num_items_in_batch)
         outputs = model(**inputs, signal=self._signal(inputs, moment), moment=moment)
         self._last_inputs = inputs
         self._record(outputs, moment)
@@ -165,7 +165,9 @@ class DistillTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> float:
         """The gradient's norm; a non-finite one stops the run or empties the step instead of poisoning the weights."""
         norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
-        if math.isfinite(norm) or self.accelerator.scaler is not None:  # a loss scaler skips such steps by itself
+        if (
+            math.isfinite(norm) or self.accelerator.scaler is not None
+        ):  # a loss scaler skips such steps by itself
             return norm
         if self.on_nonfinite == "stop":
             self._stop_at_nonfinite(f"the gradient's norm is {norm} although the loss is finite")
@@ -178,7 +180,9 @@ class DistillTrainer(Trainer):
         """Save the batch and end the run; weights, and so the last checkpoint, are those of the last good step."""
         folder = Path(self.args.output_dir)
         file = folder / f"nonfinite-batch-{self.state.global_step + 1}.safetensors"
-        tensors = {name: value.contiguous() for name, value in self._last_inputs.items() if torch.is_tensor(value)}
+        tensors = {
+            name: value.contiguous() for name, value in self._last_inputs.items() if torch.is_tensor(value)
+        }
         save_file(tensors, file)
         raise RunFailed(
             f"stage {self.stage}, step {self.state.global_step + 1}: {what}. The batch is saved as {file}. "
@@ -231,7 +235,9 @@ class DistillTrainer(Trainer):
                 figures |= self.generate(self.model.student, limit)
             self.accelerator.wait_for_everyone()
         if limit is None and self.is_world_process_zero():
-            self.metrics.append({"kind": "eval", "stage": self.stage, "step": self.state.global_step, **figures})
+            self.metrics.append(
+                {"kind": "eval", "stage": self.stage, "step": self.state.global_step, **figures}
+            )
         prefixed = {f"eval_{name}": value for name, value in figures.items()}
         if limit is None:
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, prefixed)
@@ -242,7 +248,7 @@ class DistillTrainer(Trainer):
         """Objective and cross-entropy over the evaluation rows, every row counted once whatever the batches."""
         model = self.model_wrapped if self.is_fsdp_enabled else self.model
         model.eval()
-        moment = Moment(self.state.global_step, self.state.max_steps)
+        moment = Moment(self.state.global_step, self.args.max_steps)
         totals = RunningSums()
         for batch, counted in self._evaluation_batches(limit):
             inputs = self._prepare_inputs(batch)
@@ -265,8 +271,14 @@ class DistillTrainer(Trainer):
 
     def _evaluation_batches(self, limit: int | None) -> Iterator[tuple[dict[str, Any], bool]]:
         """This process's batches; each process gets as many, so a repeated one is marked as not counted."""
-        rows = self.eval_dataset if limit is None else self.eval_dataset.select(range(min(limit, len(self.eval_dataset))))
-        loader = DataLoader(rows, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
+        rows = (
+            self.eval_dataset
+            if limit is None
+            else self.eval_dataset.select(range(min(limit, len(self.eval_dataset))))
+        )
+        loader = DataLoader(
+            rows, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator
+        )
         num, rank = self.accelerator.num_processes, self.accelerator.process_index
         batches = list(loader) if num > 1 else loader
         if num == 1:
@@ -276,7 +288,9 @@ class DistillTrainer(Trainer):
             mine = start + rank
             yield batches[min(mine, len(batches) - 1)], mine < len(batches)
 
-    def _add_to_totals(self, totals: RunningSums, outputs: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+    def _add_to_totals(
+        self, totals: RunningSums, outputs: Mapping[str, Any], inputs: Mapping[str, Any]
+    ) -> None:
         for name, value in outputs["sums"].items():
             totals.add(name, value)
         device = outputs["loss"].device
@@ -299,7 +313,11 @@ class DistillTrainer(Trainer):
         """One row per log step, from our own sums: the Trainer's loss starts anew after a resume."""
         if "loss" not in logs:  # the summary at the end of training; the report makes a better one
             return
-        row = {**self._train_figures(), "learning_rate": logs["learning_rate"], "grad_norm": logs["grad_norm"]}
+        row = {
+            **self._train_figures(),
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": logs["grad_norm"],
+        }
         row["epoch"] = self.state.epoch or 0.0
         if self.update_norm is not None:
             row["update_norm"] = self.update_norm
@@ -323,11 +341,16 @@ class DistillTrainer(Trainer):
         numbers = {name: value.tolist() for name, value in zip(names, split, strict=True)}
         tokens, seconds = numbers.pop("tokens")[0], time.monotonic() - self._last_row_at
         self._last_row_at = time.monotonic()
-        row = {"loss": 0.0, "tokens": tokens / num_steps, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        row = {
+            "loss": 0.0,
+            "tokens": tokens / num_steps,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+        }
         for name, number in numbers.items():
             row[name] = number[0] / num_steps if len(number) == 1 else number[0] / max(number[1], 1e-30)
             row["loss"] += row[name] if name.startswith("weighted/") else 0.0
-        moment = Moment(self.state.global_step - 1, self.state.max_steps)
+        moment = Moment(self.state.global_step - 1, self.args.max_steps)
         for term in self.objective.terms:
             row[f"weight/{term.name}"] = term.weight(moment)
         row["kd_temperature"] = self.objective.vocabulary_terms[0].temperature(moment)
@@ -389,7 +412,9 @@ class DistillTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    self._checkpoint_bytes = sum(file.stat().st_size for file in staged.rglob("*") if file.is_file())
+                    self._checkpoint_bytes = sum(
+                        file.stat().st_size for file in staged.rglob("*") if file.is_file()
+                    )
                     if publish:
                         checkpoint.publish(staged, final)
                         checkpoint.rotate(folder, keep=self.keep)

@@ -1,0 +1,80 @@
+"""The embedded default from start to end: a teacher, and three students of the same start and number of steps.
+
+    sft             labels only
+    warm_start      labels only, a third of the steps: where both students below begin
+    kd              + the teacher's distributions, for the rest of the steps
+    kd_dtw          + its last hidden states, aligned word by word
+
+Every student sees the same rows in the same number of optimizer steps, warm start included.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from kdkit.config import load_config
+from kdkit.report import write_comparison_report
+from kdkit.training.flow import StopRequest
+from kdkit.training.run import RunResult, run_distillation
+
+NUM_STEPS = 300
+NUM_WARM_START_STEPS = 100
+NAMES = {"sft": "SFT student", "kd": "KD student", "kd_dtw": "KD + DTW student"}
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo showed."""
+
+    comparison: list[dict[str, float | str]]
+    """One row per model: its name, steps, and figures with 95 % intervals."""
+    report: Path
+
+
+def run_demo(output: Path, *, resume: bool = False, stop: StopRequest | None = None) -> DemoResult:
+    """Distil the embedded teacher and compare.
+
+    Args:
+        output: folder of the four runs and the report; new, or with `resume` one that holds a stopped demo.
+        resume: continue where a demo was stopped.
+        stop: asked between steps whether to stop.
+    Returns:
+        The comparison and the report's path.
+    Raises:
+        UserError, RunFailed, Interrupted: as `run_distillation`.
+    """
+    results = {name: _run(name, tree, output, resume=resume, stop=stop) for name, tree in _plan(output).items()}
+    comparison: list[dict[str, float | str]] = [{"model": "teacher", **results["sft"].evaluations["teacher"]}]
+    comparison += [
+        {"model": label, "steps": NUM_STEPS, **results[name].evaluations["student"]} for name, label in NAMES.items()
+    ]
+    report = write_comparison_report(output, {name: results[name].folder for name in NAMES}, comparison)
+    return DemoResult(comparison, report)
+
+
+def _plan(output: Path) -> dict[str, dict[str, JsonValue]]:
+    """The runs, in order, each as what it lays over the preset `demo`."""
+    distil: dict[str, JsonValue] = {
+        "student": {"path": str(output / "warm_start" / "model"), "from_scratch": False},
+        "optim": {"max_steps": NUM_STEPS - NUM_WARM_START_STEPS, "learning_rate": 2e-3},
+        "evaluation": {"before": False},
+    }
+    return {
+        "sft": {"preset": ["demo", "sft"], "optim": {"max_steps": NUM_STEPS}, "evaluation": {"teacher": True}},
+        "warm_start": {
+            "preset": ["demo", "sft"],
+            "optim": {"max_steps": NUM_WARM_START_STEPS},
+            "data": {"test": None, "validation_rows": 32},
+        },
+        "kd": {"preset": ["demo", "fkl"], **distil},
+        "kd_dtw": {"preset": ["demo", "fkl-dtw"], **distil},
+    }
+
+
+def _run(
+    name: str, tree: dict[str, JsonValue], output: Path, *, resume: bool, stop: StopRequest | None
+) -> RunResult:
+    """One of the runs; with `resume` it goes on if it had begun."""
+    folder = output / name
+    return run_distillation(load_config(tree), folder, resume=resume and folder.is_dir(), stop=stop)

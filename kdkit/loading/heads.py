@@ -1,0 +1,286 @@
+"""The head of a model apart from its backbone, and the proofs by numbers that the two are what they seem."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from kdkit.errors import UserError
+from kdkit.teacher.signal import Head
+
+TokenizerKind = Literal["same", "padded", "different"]
+
+# What families do to logits beside the matrix product: config attribute -> exponent of the factor on the logits.
+HEAD_FACTORS: dict[str, int] = {
+    "logit_scale": 1,  # Cohere, Cohere2
+    "lm_head_multiplier": 1,  # Falcon-H1
+    "logits_scaling": -1,  # Granite (divides the logits), MiniCPM3 (divides the head's input)
+    "logits_mup_width_multiplier": -1,  # Inkling
+}
+# (model type, attribute) whose meaning differs from the family that introduced the name.
+HEAD_FACTOR_EXCEPTIONS: dict[tuple[str, str], int] = {
+    ("hyperclovax", "logits_scaling"): 1,
+    ("mpt", "logit_scale"): 0,  # read from the config, used nowhere
+}
+SOFTCAPS = (
+    "final_logit_softcapping",  # Gemma 2 and later, NanoChat
+    "logits_soft_cap",  # RecurrentGemma
+    "output_logit_soft_cap",  # xLSTM
+)
+
+# Largest difference by rounding between two ways to the same logits, as a fraction of the largest logit.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+# Probed logits are brought to this size, at which a forgotten softcap or factor cannot hide in rounding.
+_PROBE_LOGIT = 60.0
+_PROBE_LENGTH = 8
+
+
+def head_of(model: PreTrainedModel, *, vocab_size: int | None = None) -> Head:
+    """The language-model head: live views of its parameters, factor and softcap from the config.
+
+    What the config says is believed here; `check_head` proves it.
+
+    Args:
+        model: a causal language model whose output embeddings are a plain linear layer.
+        vocab_size: keep only this many leading ids; None for all.
+    Returns:
+        `Head`; the gradient of its logits reaches the model's parameters.
+    Raises:
+        ValueError: the head is not a plain `torch.nn.Linear` (wrapped by LoRA, quantised, or absent).
+    """
+    obstacle = _head_obstacle(model)
+    if obstacle is not None:
+        raise ValueError(f"{type(model).__name__} has no head to take apart: {obstacle}; use its own logits")
+    linear = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    return Head(linear.weight, linear.bias, _factor(config), _softcap(config), vocab_size)
+
+
+def backbone_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Final hidden states as the head sees them, after the last norm.
+
+    Args:
+        model: a causal language model.
+        input_ids: (B, T) on the model's device.
+        attention_mask: (B, T), 1 for a token and 0 for padding on the right; None when nothing is padded.
+    Returns:
+        (B, T, H) in the model's compute dtype, with gradient where it is enabled.
+    """
+    output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return output.last_hidden_state
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> str | None:
+    """Prove on a probe batch that `head_of(model).logits(backbone_hidden(...))` are the model's logits.
+
+    Compared once as it is, and once with the head's input enlarged so that logits reach the size at which a softcap
+    bends them: on a small random model all logits are near 0, where any softcap looks like none.
+
+    Returns:
+        None when proven; else the reason, as half a sentence, why the model's own logits must be used.
+    """
+    if obstacle := _head_obstacle(model):
+        return obstacle
+    with _evaluation_mode(model):
+        input_ids, mask = _probe_batch(model)
+        hidden = backbone_hidden(model, input_ids, mask)
+        head = head_of(model)
+        if hidden.shape[-1] != head.weight.shape[1]:
+            return f"the backbone gives {hidden.shape[-1]} numbers per token, the head takes {head.weight.shape[1]}"
+        product = (hidden[mask.bool()] @ head.weight.T.to(hidden.dtype)).abs().max().item()
+        enlarge = max(1.0, _PROBE_LOGIT / (product * abs(head.scale) + 1e-30))
+        reasons = [_logits_differ(model, head, hidden, factor=f) for f in (1.0, enlarge)]
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel) -> None:
+    """Prove on a probe that no token sees a later one.
+
+    Encoders such as BERT load as causal language models without complaint and then read the answer in advance.
+
+    Raises:
+        UserError: changing the last token changes logits before it.
+    """
+    with _evaluation_mode(model):
+        input_ids, _ = _probe_batch(model)
+        first = input_ids[:1]
+        other = first.clone()
+        other[0, -1] = (first[0, -1] + 1) % _num_embeddings(model)
+        before, after = (
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, :-1].float()
+            for ids in (first, other)
+        )
+    # Not finite is another finding, made by check_finite_logits.
+    largest = before.abs().max()
+    if (before - after).abs().max() > 3 * _TOLERANCE[model.dtype] * largest:
+        raise UserError(
+            f"{model.config.name_or_path or type(model).__name__} lets a token see later ones, so it is no causal"
+            " language model (an encoder such as BERT?): choose one that was trained to predict the next token"
+        )
+
+
+@torch.no_grad()
+def check_finite_logits(model: PreTrainedModel, batch: Mapping[str, Tensor | int]) -> None:
+    """Refuse a teacher whose logits on real rows are not finite numbers.
+
+    Models trained in bfloat16 can overflow in float16, whose largest number is 65,504.
+
+    Args:
+        model: the teacher, in the dtype in which it will be asked.
+        batch: what the collator made; `input_ids` and `attention_mask` (B, T) are read.
+    Raises:
+        UserError: some logit is infinite or NaN; the message names the remedy.
+    """
+    input_ids, mask = batch["input_ids"], batch["attention_mask"]
+    assert isinstance(input_ids, Tensor)
+    assert isinstance(mask, Tensor)
+    for ids, kept in zip(input_ids.to(model.device), mask.to(model.device), strict=True):
+        # one row at a time: (T, V) logits of a large vocabulary, and only once in a run
+        logits = model(input_ids=ids[None], attention_mask=kept[None], use_cache=False).logits[0]
+        if not torch.isfinite(logits[kept.bool()]).all():
+            raise UserError(_why_not_finite(model))
+
+
+def check_tokenizer_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that can make ids for which the model has no embedding.
+
+    Raises:
+        UserError: the largest id of the tokenizer is beyond the input embeddings.
+    """
+    num_embeddings = _num_embeddings(model)
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= num_embeddings:
+        raise UserError(
+            f"the tokenizer makes ids up to {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the model"
+            f" has embeddings for 0 to {num_embeddings - 1}: use the tokenizer the model was trained with"
+        )
+
+
+def shared_vocab_size(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    tokenizer_len: int,
+    *,
+    kind: TokenizerKind = "same",
+) -> int | None:
+    """The number of leading ids to compare, where teacher and student pad the same vocabulary to other widths.
+
+    Families round the head up by different amounts (Qwen2.5: 151,936 and 152,064 rows); no text makes the ids beyond.
+
+    Args:
+        teacher: with a head of any width.
+        student: likewise.
+        tokenizer_len: number of ids that the tokenizer of the batch can make.
+        kind: how the two tokenizers relate, as `tokenizer_relation` proved.
+    Returns:
+        The smaller width, or None when both are equal and nothing is to be cut.
+    Raises:
+        UserError: the tokenizers differ, or one head is narrower than the tokenizer.
+    """
+    widths = {"teacher": _head_width(teacher), "student": _head_width(student)}
+    if kind == "different":
+        raise UserError(
+            "teacher and student have different tokenizers, so that one id means different text on each side;"
+            " distilling across tokenizers is not there yet: choose a pair with one tokenizer"
+        )
+    for role, width in widths.items():
+        if width < tokenizer_len:
+            raise UserError(
+                f"the tokenizer makes {tokenizer_len} ids and the {role}'s head knows {width}: this is not the"
+                f" {role}'s tokenizer, or tokens were added without resizing the {role}"
+            )
+    return None if len(set(widths.values())) == 1 else min(widths.values())
+
+
+def _head_obstacle(model: PreTrainedModel) -> str | None:
+    linear = model.get_output_embeddings()
+    if linear is None:
+        return "it names no output embeddings"
+    # Exactly Linear: a LoRA wrapper adds nothing at first, so no probe would notice it before training does.
+    if type(linear) is not torch.nn.Linear:
+        return f"its head is a {type(linear).__name__}, not a plain linear layer"
+    if model.base_model is model:
+        return "its backbone cannot be called apart from its head"
+    return None
+
+
+def _factor(config: PreTrainedConfig) -> float:
+    factor = 1.0
+    for name, usual_exponent in HEAD_FACTORS.items():
+        value = getattr(config, name, None)
+        if isinstance(value, int | float):
+            factor *= value ** HEAD_FACTOR_EXCEPTIONS.get((config.model_type, name), usual_exponent)
+    return factor
+
+
+def _softcap(config: PreTrainedConfig) -> float | None:
+    return next((cap for name in SOFTCAPS if (cap := getattr(config, name, None))), None)
+
+
+def _head_width(model: PreTrainedModel) -> int:
+    linear = model.get_output_embeddings()
+    if isinstance(linear, torch.nn.Linear):
+        return linear.out_features
+    return int(model.config.get_text_config().vocab_size)
+
+
+def _num_embeddings(model: PreTrainedModel) -> int:
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, torch.nn.Embedding):
+        return embedding.num_embeddings
+    return int(model.config.get_text_config().vocab_size)
+
+
+def _probe_batch(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Two rows of fixed random ids, the second with padding, and their mask; (2, T) each."""
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(_num_embeddings(model), (2, _PROBE_LENGTH), generator=generator)
+    mask = torch.ones_like(input_ids)
+    mask[1, _PROBE_LENGTH // 2 :] = 0
+    return input_ids.to(model.device), mask.to(model.device)
+
+
+def _logits_differ(model: PreTrainedModel, head: Head, hidden: Tensor, *, factor: float) -> str | None:
+    """Compare both ways to the logits with the head's input multiplied by `factor`."""
+    input_ids, mask = _probe_batch(model)
+    linear = model.get_output_embeddings()
+    handle = linear.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor,))
+    try:
+        theirs = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[mask.bool()].float()
+    finally:
+        handle.remove()
+    ours = head.logits(hidden[mask.bool()] * factor).float()
+    if theirs.shape != ours.shape:
+        return f"its logits have {theirs.shape[-1]} columns and its head has {ours.shape[-1]} rows"
+    largest, difference = theirs.abs().max().item(), (theirs - ours).abs().max().item()
+    if difference <= max(_TOLERANCE[hidden.dtype], _TOLERANCE[head.weight.dtype]) * largest:
+        return None
+    return f"its logits differ from head(backbone) by {difference:.2g} where the largest is {largest:.2g}"
+
+
+@contextmanager
+def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """No dropout inside; every module is back in its own mode after."""
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True
+
+
+def _why_not_finite(model: PreTrainedModel) -> str:
+    name = model.config.name_or_path or type(model).__name__
+    broken = [n for n, p in model.named_parameters() if p.is_floating_point() and not torch.isfinite(p).all()]
+    if broken:
+        return f"{name} has weights that are not finite ({broken[0]}): the checkpoint is damaged, get it again"
+    return (
+        f"the logits of {name} are not finite in {str(model.dtype).removeprefix('torch.')}: it overflows. Load it in"
+        " float32, or quantised to nf4 where memory does not allow that (bfloat16 on cards from capability 8.0)"
+    )
