@@ -451,5 +451,8 @@ class TestFindColumns:
         found = find_columns(["text", "messages"], {"instruction": "text"})
         assert found == {"instruction": "text"}
 
+    def test_a_named_column_plays_no_second_role(self):
+        assert find_columns(["question", "answer"], {"instruction": "answer"}) == {"instruction": "answer"}
+
     def test_without_a_prompt_there_is_nothing(self):
         assert find_columns(["output", "input"]) == {}

@@ -162,10 +162,10 @@ class TestSoftDtw:
     @working_backends
     def test_refuses_a_second_derivative(self, backend: str) -> None:
         cost = costs(1, 3, 3).requires_grad_()
-        value = soft_dtw(cost.square(), gamma=0.2, backend=backend).sum()
+        value = soft_dtw(cost, gamma=0.2, backend=backend).square().sum()
         (grad,) = torch.autograd.grad(value, cost, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
-            torch.autograd.grad(grad.sum(), cost)
+            grad.sum().backward()
 
     @working_backends
     def test_backward_twice_gives_the_same_gradient(self, backend: str) -> None:
@@ -189,7 +189,8 @@ class TestSoftDtw:
             alone = soft_dtw_and_alignment(costs(1, rows, columns, seed=k), gamma=0.1, band=band, backend=backend)
             torch.testing.assert_close(value[k : k + 1], alone[0])
             torch.testing.assert_close(alignment[k, :rows, :columns], alone[1][0])
-            assert alignment[k].sum() == alignment[k, :rows, :columns].sum()
+            assert (alignment[k, rows:] == 0).all()
+            assert (alignment[k, :, columns:] == 0).all()
 
     @backends
     def test_never_reads_beyond_the_lengths(self, backend: str) -> None:
@@ -526,8 +527,8 @@ class TestSoftDtwDivergence:
     def test_descending_it_recovers_the_target(self) -> None:
         y = costs(1, 6, 3, seed=1) - 1
         x = (y + 0.3 * (costs(1, 6, 3, seed=2) - 1)).requires_grad_()
-        optimizer = torch.optim.Adam([x], lr=0.02)
-        for _ in range(250):
+        optimizer = torch.optim.Adam([x], lr=0.1)
+        for _ in range(60):
             optimizer.zero_grad()
             soft_dtw_divergence(x, y, gamma=0.5, metric="sqeuclidean").sum().backward()
             optimizer.step()

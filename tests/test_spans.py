@@ -107,7 +107,8 @@ class TestWordUnits:
             ("\t\tab", [(0, 1), (1, 4)], [-1, 0]),
             ("ab  ", [(0, 2), (2, 4)], [0, -1]),
             ("🙂 b", [(0, 1), (0, 1), (0, 1), (1, 3)], [0, 0, 0, 1]),  # one emoji in three tokens
-            ("ab cd", [(0, 0), (0, 2), (2, 2), (3, 5)], [-1, 0, -1, 1]),  # tokens of nothing
+            ("ab cd", [(0, 0), (0, 2), (1, 1), (3, 5), (5, 5)], [-1, 0, -1, 1, -1]),  # tokens of nothing
+            ("ab cd ef", [(0, 2), (2, 4)], [0, 1]),  # tokens cut off the end
             ("ab cd ef", [(0, 1), (1, 4), (4, 5), (5, 8)], [0, 0, 0, 1]),  # a token over two words
             ("ab cd ef", [(0, 8)], [0]),
             ("x ab cd", [(2, 4), (4, 7)], [0, 1]),  # the first word has no token: it joins the second

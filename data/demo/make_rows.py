@@ -106,7 +106,7 @@ def passive(rng: Random) -> Row:
 
 def belonging(rng: Random) -> Row:
     """A list of attributes, turned into a sentence about a thing."""
-    name, pronoun, _ = person(rng)
+    name, _, possessive = person(rng)
     kind = rng.choice(list(words.BELONGINGS))
     materials, uses = words.BELONGINGS[kind]
     look, material = rng.choice(words.LOOKS), pick(rng, materials)
@@ -125,7 +125,7 @@ def belonging(rng: Random) -> Row:
         rng,
         ["Describe the thing in one sentence.", "Turn the notes into one sentence."],
         "; ".join(notes),
-        f"{name} owns {an(thing)} from {maker} that {pronoun} uses to {use}.",
+        f"With {possessive} {thing} from {maker}, {name} can {use}.",
         f"The {thing} from {maker} belongs to {name}, who uses it to {use}.",
     )
 
@@ -137,14 +137,14 @@ def town(rng: Random) -> Row:
         river = place(rng)
     kind, fame = rng.choice(words.PLACE_KINDS), rng.choice(words.PLACE_FAME)
     people = rng.randrange(1, 100) * rng.choice((10, 100))
-    facts = [f"kind = {kind}", f"river = {river}", f"people = {people}", f"famous for = {fame}"]
+    facts = [f"name: {name}", f"kind: {kind}", f"river: {river}", f"people: {people}", f"known for: {fame}"]
     rng.shuffle(facts)
     return row(
         rng,
         ["Introduce the place to a visitor.", "Write one sentence about the place."],
-        f"{name}: " + ", ".join(facts),
-        f"{name} is {an(kind)} of {people} people on the river {river}, famous for its {fame}.",
-        f"Famous for its {fame}, {name} is {an(kind)} of {people} people on the river {river}.",
+        "; ".join(facts),
+        f"The {kind} of {name} on the river {river} has {people} people and is famous for its {fame}.",
+        f"Famous for its {fame}, the {kind} of {name} on the river {river} has {people} people.",
     )
 
 
@@ -166,14 +166,14 @@ def story(rng: Random) -> Row:
             (
                 f"Where did {finder} find the {thing}?",
                 (
-                    f"{finder} found the {full} {found} on {day}.",
+                    f"The {full} was found by {finder} {found} on {day}.",
                     f"On {day} {finder} found the {full} {found}.",
                 ),
             ),
             (
                 f"Who has the {thing} now?",
                 (
-                    f"{finder}'s {relation} {keeper} has the {full} now.",
+                    f"Now {finder}'s {relation} {keeper} has the {full}.",
                     f"The {full} now belongs to {keeper}, the {relation} of {finder}.",
                 ),
             ),
@@ -181,7 +181,7 @@ def story(rng: Random) -> Row:
                 f"Where is the {thing} now?",
                 (
                     f"The {full} is now {kept}, where {keeper} keeps it.",
-                    f"{keeper} now keeps the {full} {kept}.",
+                    f"Now {keeper} keeps the {full} {kept}.",
                 ),
             ),
         )
@@ -200,7 +200,7 @@ def directions(rng: Random) -> Row:
     return row(
         rng,
         ["Explain the way in one sentence.", "Tell a visitor how to get there."],
-        " > ".join([start, *notes, goal]),
+        f"Route: {' > '.join([start, *notes, goal])}",
         f"From the {start}, {route} to reach the {goal}.",
         f"To get from the {start} to the {goal}, {route}.",
     )
@@ -214,7 +214,7 @@ def timetable(rng: Random) -> Row:
     hours = [rng.randrange(12) for _ in days]
     entries = list(zip(days, hours, keys, strict=True))
     rng.shuffle(entries)
-    given = "; ".join(f"{words.DAYS[d][:3]} {h + 1}: {key}" for d, h, key in entries)
+    given = "; ".join(f"{words.DAYS[d][:3]} {h + 1} {key}" for d, h, key in entries)
     told = [(words.DAYS[d], words.HOURS[h], words.ACTIVITIES[key]) for d, h, key in sorted(entries)]
     by_deed = [f"{deed} on {day} at {hour}" for day, hour, deed in told]
     by_day = [f"on {day} at {hour} {pronoun} {deed}" for day, hour, deed in told]
@@ -222,8 +222,8 @@ def timetable(rng: Random) -> Row:
     return row(
         rng,
         ["Sum up the week in the order of the days.", "Describe the week from its first day on."],
-        f"{name} - {given}",
-        f"{name} {', '.join(by_deed[:-1])} and {by_deed[-1]}.",
+        f"Week of {name}: {given}",
+        f"This week {name} {', '.join(by_deed[:-1])} and {by_deed[-1]}.",
         f"{capital(', '.join(by_day[:-1]))} and {by_day[-1]}.",
     )
 
@@ -241,9 +241,8 @@ def ranking(rng: Random) -> Row:
     return row(
         rng,
         [f"Put these in order, {first} first.", f"Rank these from {first} to {last}."],
-        given,
-        f"The {first} is the {n1} at {v1} {unit}, then comes the {n2} at {v2}, and the {last} "
-        f"is the {n3} at {v3}.",
+        f"Items: {given}",
+        f"The {first} is the {n1} at {v1} {unit}, then comes the {n2} at {v2}, and the {last} is the {n3} at {v3}.",
         f"First comes the {n1} at {v1} {unit}, second the {n2} at {v2}, and last the {n3} at {v3}.",
     )
 
@@ -272,7 +271,7 @@ def reply(rng: Random) -> Row:
         pet = rng.choice(words.PETS)
         message = f"Could you look after my {pet} on {day}?"
         gladly = cannot = f"look after your {pet}"
-    message = f'{sender} writes: "{message}"'
+    message = f'Message from {sender}: "{message}"'
     if rng.random() < 0.4:
         return row(
             rng,
@@ -301,19 +300,19 @@ def word_problem(rng: Random) -> Row:
     if rng.random() < 0.5:
         away = rng.randrange(1, total - 1)
         left = total - away
-        told = f"{capital(pronoun)} gets {more} more and loses {away}."
-        worked = f"{had} plus {more} is {total}, and {total} minus {away} is {left}"
+        told = f"Then {pronoun} gets {more} more and loses {away}."
+        worked = f"{had} plus {more} is {total} and {total} minus {away} is {left}"
     else:
         extra = rng.randrange(2, 21)
         left = total + extra
-        told = f"{capital(pronoun)} buys {more} more and then finds {extra}."
-        worked = f"{had} plus {more} is {total}, and {total} plus {extra} is {left}"
+        told = f"Then {pronoun} buys {more} more and finds {extra}."
+        worked = f"{had} plus {more} is {total} and {total} plus {extra} is {left}"
     return row(
         rng,
-        f"{name} has {had} {thing}. {told} How many {thing} does {name} have now?",
+        f"At first {name} has {had} {thing}. {told} How many {thing} does {name} have now?",
         "",
-        f"{name} now has {left} {thing}, because {worked}.",
-        f"{capital(worked)}, so {name} now has {left} {thing}.",
+        f"Now {name} has {left} {thing}, because {worked}.",
+        f"Since {worked}, {name} has {left} {thing} now.",
     )
 
 

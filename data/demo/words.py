@@ -13,19 +13,11 @@ def listed(text: str) -> tuple[str, ...]:
 # First name -> (subject pronoun, possessive).
 PEOPLE = {
     **dict.fromkeys(
-        listed(
-            "Ada, Amina, Anna, Carla, Clara, Daria, Elif, Emma, Fatou, Greta, Hana, Ida, Ines, "
-            "Julia, Lena, Lucia, Maya, Mei, Nadia, Nora, Olga, Priya, Rosa, Ruth, Sofia, Tara, "
-            "Vera, Wanda, Yara, Zoe"
-        ),
+        listed("Ada, Anna, Clara, Emma, Greta, Hana, Ida, Julia, Lena, Maya, Nora, Olga, Priya, Ruth, Vera, Zoe"),
         ("she", "her"),
     ),
     **dict.fromkeys(
-        listed(
-            "Adam, Ahmed, Anton, Bruno, Chen, David, Diego, Emil, Felix, Hugo, Ivan, Jonas, "
-            "Karim, Kofi, Leo, Lukas, Marco, Milan, Noah, Omar, Oskar, Paul, Pedro, Ravi, Samir, "
-            "Simon, Theo, Tomas, Victor, Yusuf"
-        ),
+        listed("Adam, Ahmed, Bruno, Chen, David, Emil, Felix, Hugo, Ivan, Karim, Leo, Marco, Omar, Paul, Ravi, Simon"),
         ("he", "his"),
     ),
 }
@@ -37,10 +29,10 @@ RELATIONS = {
 }
 
 ROLES = listed(
-    "baker, blacksmith, captain, carpenter, cook, doctor, farmer, fisherman, gardener, innkeeper, "
-    "mayor, miller, nurse, postman, sailor, shepherd, student, tailor, teacher, weaver"
+    "baker, captain, carpenter, cook, doctor, farmer, gardener, mayor, miller, nurse, sailor, "
+    "shepherd, student, tailor, teacher, weaver"
 )
-ROLE_ADJECTIVES = listed("busy, careful, cheerful, clever, kind, new, old, proud, quiet, tired, young")
+ROLE_ADJECTIVES = listed("busy, careful, clever, kind, new, old, proud, quiet, tired, young")
 
 DAYS = listed("Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday")
 
@@ -85,49 +77,37 @@ MOMENTS = (
 # (base, third person, past, past participle, objects); an object that ends in "*" is plural.
 VERBS = (
     ("bake", "bakes", "baked", "baked", "rye loaf, almond cakes*, apple pie"),
-    ("break", "breaks", "broke", "broken", "thick ice, dry branches*, clay pot"),
     ("bring", "brings", "brought", "brought", "fresh bread, wooden crates*, cold water"),
     ("build", "builds", "built", "built", "stone wall, beehives*, small bridge"),
     ("buy", "buys", "bought", "bought", "blue cloth, candles*, garden tools*"),
     ("carry", "carries", "carried", "carried", "heavy baskets*, milk, long ladder"),
     ("catch", "catches", "caught", "caught", "silver trout, rabbits*, runaway goat"),
     ("choose", "chooses", "chose", "chosen", "best apples*, winning poem, new flag"),
-    ("chop", "chops", "chopped", "chopped", "firewood, carrots*, dry logs*"),
-    ("clean", "cleans", "cleaned", "cleaned", "chimney, windows*, fish pond"),
     ("count", "counts", "counted", "counted", "coins*, lambs*, empty jars*"),
     ("cut", "cuts", "cut", "cut", "long grass, hedges*, birthday cake"),
     ("deliver", "delivers", "delivered", "delivered", "morning post, parcels*, newspapers*"),
     ("draw", "draws", "drew", "drawn", "old harbour, town maps*, church tower"),
-    ("drive", "drives", "drove", "driven", "school bus, hay cart, red tractor"),
     ("feed", "feeds", "fed", "fed", "hens*, grey horse, hungry ducks*"),
     ("find", "finds", "found", "found", "lost sheep, wild berries*, right path"),
     ("grow", "grows", "grew", "grown", "red tulips*, giant pumpkin, sweet peas*"),
     ("hang", "hangs", "hung", "hung", "wet sheets*, paper lamps*, oak sign"),
     ("hide", "hides", "hid", "hidden", "silver key, presents*, gold ring"),
-    ("lead", "leads", "led", "led", "evening walk, brass band, mules*"),
     ("light", "lights", "lit", "lit", "street lamps*, kitchen stove, signal fire"),
-    ("measure", "measures", "measured", "measured", "deep well, barley fields*, river"),
     ("mend", "mends", "mended", "mended", "torn net, old shoes*, broken fence"),
     ("paint", "paints", "painted", "painted", "garden gate, shutters*, fishing boat"),
     ("pick", "picks", "picked", "picked", "black cherries*, ripe figs*, wild mint"),
-    ("plan", "plans", "planned", "planned", "summer fair, music lessons*, long journey"),
     ("plant", "plants", "planted", "planted", "young trees*, winter barley, onions*"),
-    ("polish", "polishes", "polished", "polished", "brass lamp, spoons*, dance floor"),
     ("read", "reads", "read", "read", "weekly news, love letters*, sea chart"),
     ("repair", "repairs", "repaired", "repaired", "village pump, bicycles*, leaking roof"),
     ("ring", "rings", "rang", "rung", "church bell, school bell, brass bells*"),
     ("sell", "sells", "sold", "sold", "ripe pears*, last melon, goat cheese"),
-    ("shake", "shakes", "shook", "shaken", "dusty rug, plum trees*, feather pillows*"),
     ("sing", "sings", "sang", "sung", "old song, folk tunes*, winter hymn"),
     ("sweep", "sweeps", "swept", "swept", "yard, stone stairs*, wide hall"),
     ("teach", "teaches", "taught", "taught", "youngest class, new rowers*, piano class"),
     ("tell", "tells", "told", "told", "ghost story, funny stories*, whole truth"),
-    ("tidy", "tidies", "tidied", "tidied", "attic, book shelves*, tool shed"),
     ("throw", "throws", "threw", "thrown", "fishing net, heavy stones*, leather ball"),
     ("wash", "washes", "washed", "washed", "raw wool, dishes*, muddy boots*"),
     ("water", "waters", "watered", "watered", "roses*, bean field, lemon tree"),
-    ("weigh", "weighs", "weighed", "weighed", "flour, grain sacks*, new baby"),
-    ("wind", "winds", "wound", "wound", "tall clock, blue yarn, thick rope"),
     ("write", "writes", "wrote", "written", "school play, invitations*, long letter"),
 )
 
@@ -135,29 +115,21 @@ VERBS = (
 BELONGINGS = {
     "bell": ("brass, copper, silver", "call the children home, start the morning lesson"),
     "boat": ("oak, pine, steel", "fish on the lake, carry sheep across the bay, visit the islands"),
-    "bowl": ("clay, glass, walnut", "mix bread dough, serve warm soup, keep ripe fruit"),
     "box": ("cedar, leather, tin", "keep old letters, store coloured buttons, hide sweets"),
-    "cart": ("ash, iron, pine", "take hay to the barn, bring milk to market"),
     "chair": ("cane, oak, willow", "rest by the window, read beside the fire"),
     "clock": ("brass, marble, walnut", "time the morning train, wake before sunrise"),
     "coat": ("felt, leather, wool", "stay warm at sea, walk in the snow"),
-    "desk": ("cedar, oak, pine", "write long letters, draw maps of the coast"),
     "drum": ("birch, copper, tin", "lead the village parade, wake the whole street"),
     "kettle": ("copper, iron, steel", "make mint tea, boil water on the beach"),
     "knife": ("bone, silver, steel", "carve toy animals, peel apples for jam"),
     "ladder": ("ash, bamboo, steel", "pick cherries, clean the high windows"),
     "lantern": ("brass, glass, tin", "walk home at night, signal passing ships"),
-    "spade": ("ash, iron, steel", "dig the garden, plant young trees"),
     "violin": ("cedar, maple, walnut", "play at weddings, practise folk tunes"),
 }
-LOOKS = listed(
-    "broad, carved, crooked, dented, elegant, heavy, large, old, painted, plain, round, small, sturdy, tiny"
-)
+LOOKS = listed("broad, carved, crooked, dented, elegant, heavy, large, old, painted, plain, round, small, sturdy, tiny")
 
 # Things that turn up in stories.
-FINDS = listed(
-    "bag, book, camera, coin, comb, compass, flute, hat, key, map, pipe, purse, ring, scarf, umbrella"
-)
+FINDS = listed("bag, book, camera, coin, comb, compass, flute, hat, key, map, pipe, purse, ring, scarf, umbrella")
 FIND_ADJECTIVES = listed("broken, green, heavy, old, red, silver, strange, tiny, wet, white, yellow")
 FOUND_AT = (
     "at the bus stop",
@@ -187,46 +159,32 @@ KEPT_AT = (
 )
 
 # Invented places.
-PLACE_STARTS = listed(
-    "Al, Bel, Bran, Cor, Dal, El, Fen, Gar, Hol, Kel, Lor, Mar, Nor, Ol, Pen, Quil, Ros, Sel, "
-    "Tar, Ul, Ver, Win"
-)
-PLACE_ENDS = listed(
-    "by, den, der, dun, field, ford, gate, ham, holm, ick, lan, low, mere, mont, ness, nor, ran, "
-    "sey, ton, well"
-)
+PLACE_STARTS = listed("Al, Bel, Cor, Dal, Fen, Gar, Hol, Mar, Ol, Ros, Ver, Win")
+PLACE_ENDS = listed("by, den, field, ford, ham, mere, ness, stead, ton, well")
 PLACE_KINDS = listed(
     "farming village, fishing village, harbour town, market town, mining town, mountain village, "
     "railway town, university town, walled city"
 )
 PLACE_FAME = listed(
-    "apple cider, black cheese, blue glass, brass clocks, carved doors, cherry trees, ginger "
-    "cake, hot springs, lace curtains, leather shoes, music festival, old windmills, paper "
-    "lanterns, puppet theatre, rose gardens, silk scarves, smoked eel, stone bridges, walnut "
-    "bread, wild horses"
+    "apple cider, black cheese, blue glass, brass clocks, cherry trees, ginger cake, hot springs, "
+    "leather shoes, music festival, old windmills, paper lanterns, puppet theatre, rose gardens, "
+    "smoked eel, stone bridges, wild horses"
 )
 
 # Timetable entry -> what the person does.
 ACTIVITIES = {
-    "archery": "practises archery",
     "ballet": "dances ballet",
-    "baking": "bakes bread",
     "chess": "plays chess",
     "choir": "sings in the choir",
-    "cycling": "rides a bicycle",
     "drawing": "draws portraits",
-    "fencing": "learns fencing",
     "football": "plays football",
     "garden": "works in the garden",
     "guitar": "plays the guitar",
-    "judo": "trains in judo",
-    "library": "helps at the library",
     "market": "shops at the market",
     "piano": "practises the piano",
     "pottery": "makes pots",
     "rowing": "rows on the river",
     "running": "runs in the park",
-    "sewing": "sews clothes",
     "Spanish": "studies Spanish",
     "swimming": "goes swimming",
     "theatre": "acts in a play",
@@ -275,9 +233,8 @@ COUNTABLES = listed(
 
 # Directions: a step as a note -> the step as it is said; {} is a landmark.
 LANDMARKS = listed(
-    "bakery, bank, brewery, castle, chapel, cinema, dairy, fire station, fountain, garage, "
-    "hospital, inn, library, lighthouse, market, mill, museum, park, pharmacy, post office, "
-    "school, stadium, station, theatre, town hall"
+    "bakery, bank, castle, chapel, cinema, fountain, hospital, inn, library, market, mill, "
+    "museum, park, school, station, theatre"
 )
 STEPS = {
     "left at {}": "turn left at the {}",
@@ -296,20 +253,17 @@ STEPS = {
 
 # Favours one can ask for by message.
 LENDABLES = listed(
-    "big tent, bread oven, camera, cookbook, drill, folding table, garden hose, green suitcase, "
-    "guitar, ladder, lawn mower, rain coat, road map, rowing boat, sewing machine, sledge, "
-    "toolbox, typewriter, van, wheelbarrow"
+    "big tent, camera, cookbook, drill, folding table, garden hose, guitar, ladder, road map, rowing boat, toolbox, van"
 )
 CHORES = listed(
-    "carry my sofa, clean my gutters, cut my hedge, fix my printer, hang my curtains, load my "
-    "van, move my piano, pack my books, paint my kitchen, pick my plums, plant my beans, repair "
-    "my bicycle, sell my old car, sort my photographs, sweep my chimney, translate my letter"
+    "carry my sofa, clean my windows, cut my hedge, fix my printer, load my van, move my "
+    "piano, pack my books, paint my kitchen, pick my plums, repair my bicycle, sweep my "
+    "chimney, translate my letter"
 )
 EVENTS = listed(
-    "birthday lunch, book club, boat race, card evening, concert, farewell dinner, garden party, "
-    "house warming, picnic, poetry reading, quiz night, school play, tea party, wedding"
+    "birthday lunch, book club, boat race, concert, garden party, picnic, quiz night, school play, tea party, wedding"
 )
-PETS = listed("canary, cat, chickens, dog, goldfish, hamster, kitten, parrot, pony, puppy, rabbits, tortoise")
+PETS = listed("cat, dog, goldfish, hamster, parrot, pony, puppy, rabbits, tortoise")
 # An excuse as the instruction says it -> as the answer says it.
 EXCUSES = {
     "you are at work": "I am at work",

@@ -270,10 +270,7 @@ class _Encoder:
             self.truncated["response truncated"] += 1
             ids, offsets = ids[:room], offsets[:room]
         end = [self.tokenizer.eos_token_id] if fits else []
-        if self.unit == "token":
-            units = list(range(len(ids)))
-        else:
-            units = word_units(text if fits else text[: offsets[-1][1]], offsets)
+        units = list(range(len(ids))) if self.unit == "token" else word_units(text, offsets)
         return prompt + ids + end, units + [NO_UNIT] * len(end)
 
 

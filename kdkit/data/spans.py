@@ -67,7 +67,7 @@ def word_units(text: str, offsets: Offsets) -> list[int]:
     """The word that each token belongs to: `shared_word_units` for one tokenizer.
 
     Args:
-        text: what was tokenised, up to the end of the last token kept.
+        text: what was tokenised; tokens cut off its end change no unit before them.
         offsets: (start, end) of each token in characters, as a fast tokenizer gives them.
     Returns:
         One unit id per token, -1 for a token of whitespace only or of nothing.

@@ -128,8 +128,7 @@ def _check_arguments(
         raise UserError(f"quantization={quantization!r} is for a trained, frozen teacher: leave it out here")
 
 
-def _quantization_arguments(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> dict[str, object]:
-    """What `from_pretrained` needs to quantise while it reads."""
+def _quantization_config(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> BitsAndBytesConfig:
     if find_spec("bitsandbytes") is None:
         raise UserError(f"quantization={quantization!r} needs bitsandbytes, which is missing: pip install bitsandbytes")
     if quantization == "int8":

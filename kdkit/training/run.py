@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from kdkit.config import DistillConfig
 from kdkit.config.reading import stage_config
@@ -88,6 +89,7 @@ class _Run:
         """Check machine, folder, tokenizers and rows before anything is trained."""
         if not self.machine.ok:
             raise UserError(f"{self.machine.problem}\n  {self.machine.remedy}")
+        disable_progress_bar()  # a bar per file read or written; the run has its own
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         self.processes = PartialState(cpu=self.machine.device == "cpu")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdkit.config import DistillConfig
 from kdkit.data.batch import DistillCollator
+from kdkit.runtime import seed_everything
 from kdkit.teacher.sources import TeacherSource
 from kdkit.training import checkpoint
 from kdkit.training.arguments import num_warmup_steps, training_arguments
@@ -172,6 +173,7 @@ def _step_of(path: Path | None) -> int:
 
 def _build_model(config: DistillConfig, inputs: StageInputs) -> DistillModel:
     """Student, objective and adapters, the latter taken over from an earlier stage where they fit."""
+    seed_everything(config.seed)  # adapters start the same whether or not a stage ran before in this process
     model = DistillModel(
         inputs.student,
         Objective(config.objective),

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerState,
@@ -106,6 +107,7 @@ class DistillTrainer(Trainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        self.remove_callback(PrinterCallback)
 
     # ---- what is counted -------------------------------------------------------------------------------------
 

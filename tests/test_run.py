@@ -1,0 +1,139 @@
+"""A run as a whole: stages, folder, resume after a kill at any moment, and what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+from killing import run_forked, run_killed_then_resumed
+from safetensors.torch import load_file
+from tiny import make_pair, tiny_config
+
+from kdkit.errors import UserError
+from kdkit.training.flow import Interrupted, StopRequest
+from kdkit.training.run import run_distillation
+
+WALL_TIME = {"seconds", "tokens_per_second"}
+STAGES = (
+    "stages={warm_start: {objective: {kd: {weight: 0}, lm: {weight: 1}, dtw: {weight: 0}}}, distill: {}}",
+    "checkpoint.every_steps=2",
+    "evaluation.every_steps=2",
+    "logging.every_steps=2",  # off the grid of the interrupted steps
+)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return make_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def config(pair):
+    return tiny_config(pair, *STAGES, max_steps=5)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    return folder, run_forked(config, folder)
+
+
+def trace(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in WALL_TIME} for row in rows]
+
+
+def assert_same_run(ours, theirs):
+    for name in ("model.safetensors", "adapters.safetensors"):
+        mine, other = load_file(ours / "model" / name), load_file(theirs / "model" / name)
+        assert all(np.array_equal(mine[key], other[key]) for key in mine | other), name
+    assert trace(ours) == trace(theirs)
+    assert json.loads((ours / "evaluation.json").read_text()) == json.loads((theirs / "evaluation.json").read_text())
+
+
+class TestResume:
+    def test_after_a_kill_at_random_moments_weights_and_log_are_those_of_the_uninterrupted_run(
+        self, config, uninterrupted, tmp_path
+    ):
+        folder, num_events = uninterrupted
+        moments = np.random.default_rng(0).choice(np.arange(1, num_events + 1), size=10, replace=False)
+        for moment in sorted(moments.tolist()):
+            assert_same_run(run_killed_then_resumed(config, tmp_path / "run", moment), folder)
+
+    @pytest.mark.slow
+    def test_after_a_kill_at_every_change_of_a_file_and_every_step(self, config, uninterrupted, tmp_path):
+        folder, num_events = uninterrupted
+        for moment in range(1, num_events + 1):
+            assert_same_run(run_killed_then_resumed(config, tmp_path / "run", moment), folder)
+
+    def test_a_stop_request_ends_after_the_step_and_resumes_to_the_same_run(self, config, uninterrupted, tmp_path):
+        class StopAfter(StopRequest):
+            def __init__(self, reads):
+                super().__init__()
+                self.reads = reads
+
+            @property
+            def signum(self):
+                self.reads -= 1
+                return 15 if self.reads < 0 else None
+
+            @signum.setter
+            def signum(self, value):
+                pass
+
+        for reads in (1, 8, 14):
+            out = tmp_path / str(reads)
+            with pytest.raises(Interrupted) as caught:
+                run_distillation(config, out, stop=StopAfter(reads))
+            assert caught.value.signum == 15
+            run_forked(config, out, resume=True)
+            assert_same_run(out, uninterrupted[0])
+
+    def test_of_a_finished_run_changes_nothing(self, config, uninterrupted, tmp_path):
+        folder, _ = uninterrupted
+        before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+        run_forked(config, folder, resume=True)
+        assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
+
+    def test_refuses_other_settings_and_names_them(self, pair, config, uninterrupted):
+        changed = tiny_config(pair, *STAGES, "objective.dtw.gamma=0.5", max_steps=5)
+        with pytest.raises(UserError, match=r"objective\.dtw\.gamma: 0\.1 there, 0\.5 given"):
+            run_distillation(changed, uninterrupted[0], resume=True)
+
+    def test_refuses_a_folder_without_a_run(self, config, tmp_path):
+        with pytest.raises(UserError, match="holds no run to resume"):
+            run_distillation(config, tmp_path / "none", resume=True)
+
+
+class TestRunDistillation:
+    def test_refuses_a_folder_that_is_not_empty(self, config, tmp_path):
+        (tmp_path / "mine.txt").touch()
+        with pytest.raises(UserError, match="exists and is not empty"):
+            run_distillation(config, tmp_path)
+        assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+    def test_each_stage_starts_from_the_one_before_with_its_own_seed(self, uninterrupted):
+        folder, _ = uninterrupted
+        rows = [row for row in trace(folder) if row["kind"] == "train"]
+        assert [row["stage"] for row in rows] == ["warm_start"] * 4 + ["distill"] * 4  # steps 1, 2, 4, 5
+        last_of_first = next(r for r in trace(folder) if r["stage"] == "warm_start" and r["kind"] == "eval")
+        first_of_second = next(r for r in trace(folder) if r["stage"] == "distill" and r["kind"] == "train")
+        assert first_of_second["part/lm"] < last_of_first["part/lm"] + 0.5
+
+    def test_the_same_seed_gives_the_same_run_and_another_seed_another(self, pair, tmp_path):
+        plain = tiny_config(pair, max_steps=2)
+        other = tiny_config(pair, "seed=11", max_steps=2)
+        for name, config in (("a", plain), ("b", plain), ("c", other)):
+            run_forked(config, tmp_path / name)
+        assert_same_run(tmp_path / "a", tmp_path / "b")
+        assert trace(tmp_path / "a") != trace(tmp_path / "c")
+
+    def test_different_tokenizers_are_refused_by_name(self, pair, byte_tokenizer, tmp_path):
+        from pathlib import Path
+        from shutil import copytree
+
+        other = copytree(pair["teacher"], tmp_path / "other")
+        byte_tokenizer.save_pretrained(other)
+        config = tiny_config(pair | {"teacher": str(other)})
+        with pytest.raises(UserError, match="have different tokenizers"):
+            run_distillation(config, tmp_path / "run")
+        assert not Path(tmp_path / "run").exists()
