@@ -35,6 +35,9 @@ METRICS = {
 }
 """Name -> (axis label, whether more is better), in the order in which they are shown."""
 
+_SPOKEN = {"student": "the student", "before": "its start"}
+"""How a sentence calls the models of a run."""
+
 _MAX_LABELLED_UNITS = 32
 _NUM_CHARACTERS_SHOWN = 14
 
@@ -176,8 +179,10 @@ def comparison_finding(
     if baseline is None:
         baseline = "before" if "before" in others else others[0]
     if baseline not in scored or baseline == student:
-        return _alone_finding(student, scored[student], scored.get(teacher))
-    return _pair_finding(student, baseline, scored, scored.get(teacher))
+        sentence = _alone_finding(student, scored[student], scored.get(teacher))
+    else:
+        sentence = _pair_finding(student, baseline, scored, scored.get(teacher))
+    return sentence.replace("the", "The", 1) if sentence.startswith("the ") else sentence
 
 
 def plot_alignment(
@@ -342,24 +347,27 @@ def _evaluation_finding(steps: np.ndarray, rows: Sequence[Row], name: str) -> st
 
 
 def _alone_finding(student: str, row: Row, teacher: Row | None) -> str:
-    reached = _rouge_l(row)
+    name, reached = _SPOKEN.get(student, student), _rouge_l(row)
     if teacher is None or _rouge_l(teacher) <= 0:
-        return f"{student} reaches {reached:.1f} ROUGE-L"
-    return f"{student} reaches {100 * reached / _rouge_l(teacher):.0f} % of the teacher's ROUGE-L"
+        return f"{name} reaches {reached:.1f} ROUGE-L"
+    return f"{name} reaches {100 * reached / _rouge_l(teacher):.0f} % of the teacher's ROUGE-L"
 
 
 def _pair_finding(student: str, baseline: str, scored: Mapping[str, Row], teacher: Row | None) -> str:
     reached, start = _rouge_l(scored[student]), _rouge_l(scored[baseline])
-    doubt = "; their 95 % intervals overlap" if _overlap(scored[student], scored[baseline]) else ""
+    name, other = _SPOKEN.get(student, student), _SPOKEN.get(baseline, baseline)
+    doubt = ""
+    if _overlap(scored[student], scored[baseline]):
+        doubt = f", but its 95 % interval overlaps that of {other}"
     if reached == start:
-        return f"{student} equals {baseline} in ROUGE-L"
+        return f"{name} equals {other} in ROUGE-L"
     if reached < start:
-        return f"{student} is {start - reached:.1f} ROUGE-L points below {baseline}{doubt}"
+        return f"{name} is {start - reached:.1f} ROUGE-L points below {other}{doubt}"
     if teacher is None or not start < reached <= _rouge_l(teacher):
-        beyond = "" if teacher is None else f", the teacher at {_rouge_l(teacher):.1f}"
-        return f"{student} is {reached - start:.1f} ROUGE-L points above {baseline}{beyond}{doubt}"
+        beyond = "" if teacher is None else f" (the teacher: {_rouge_l(teacher):.1f})"
+        return f"{name} is {reached - start:.1f} ROUGE-L points above {other}{beyond}{doubt}"
     share = (reached - start) / (_rouge_l(teacher) - start)
-    return f"{student} closes {100 * share:.0f} % of the ROUGE-L gap between {baseline} and the teacher{doubt}"
+    return f"{name} closes {100 * share:.0f} % of the ROUGE-L gap between {other} and the teacher{doubt}"
 
 
 def _alignment_finding(alignment: np.ndarray) -> str:

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -153,6 +155,10 @@ class TestLoadRows:
         row = {"instruction": "", "input": "Q", "output": "A"}
         assert load_rows(jsonl(row), template="plain").dataset[0]["prompt"] == "Q\nAnswer:\n"
 
+    def test_a_blank_input_is_none(self, jsonl):
+        row = {"instruction": "Q", "input": " \n", "output": "A"}
+        assert load_rows(jsonl(row)).dataset[0]["prompt"] == "### Instruction:\nQ\n\n### Response:\n"
+
     def test_limit_keeps_the_first_usable_rows(self, jsonl):
         path = jsonl({"prompt": "", "completion": "x"}, *({"prompt": c, "completion": "x"} for c in "abc"))
         rows = load_rows(path, limit=2, template="{instruction}")
@@ -179,6 +185,11 @@ class TestLoadRows:
         assert rows.dataset.cache_files == []
         assert capfd.readouterr() == ("", "")
         assert not datasets.are_progress_bars_disabled()
+
+    def test_importing_it_loads_nothing_heavy(self):
+        code = "import sys, kdkit.data.rows; sys.exit(bool({'torch', 'datasets', 'transformers'} & {*sys.modules}))"
+        root = Path(__file__).resolve().parents[1]
+        subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
 
     @pytest.mark.skipif(not SHARED.is_dir(), reason="the real rows are not here")
     @pytest.mark.parametrize(("name", "num_rows"), [("t0_test", 500), ("t0_validation", 400), ("selfinst_eval", 252)])

@@ -55,7 +55,7 @@ class TestResume:
         self, config, uninterrupted, tmp_path
     ):
         folder, num_events = uninterrupted
-        moments = np.random.default_rng(0).choice(np.arange(1, num_events + 1), size=10, replace=False)
+        moments = np.random.default_rng(0).choice(np.arange(1, num_events + 1), size=6, replace=False)
         for moment in sorted(moments.tolist()):
             assert_same_run(run_killed_then_resumed(config, tmp_path / "run", moment), folder)
 

@@ -169,9 +169,7 @@ class TestUsableDtype:
 
 class TestCheckDisk:
     def test_free_bytes_of_a_folder_that_is_not_there_yet(self, tmp_path):
-        assert runtime.free_bytes(tmp_path / "not" / "yet") == pytest.approx(
-            shutil.disk_usage(tmp_path).free, rel=0.05
-        )
+        assert runtime.free_bytes(tmp_path / "not" / "yet") == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05)
 
     def test_enough_room_passes(self, tmp_path):
         runtime.check_disk(tmp_path, 1)

@@ -390,6 +390,12 @@ class TestExpectedAlignment:
             assert inside.sum(1).min() >= 1 - 1e-5
             assert max(rows, columns) - 1e-4 <= inside.sum() <= rows + columns - 1 + 1e-4
 
+    @working_backends
+    def test_is_never_negative_where_rounded_weights_sum_to_more_than_one(self, backend: str) -> None:
+        cost = costs(200, 3, 3, dtype=torch.float32)
+        cost[:, 1, 1] = 1e6
+        assert expected_alignment(cost, gamma=1.0, backend=backend).min() >= 0
+
     def test_is_symmetric_for_a_symmetric_cost(self) -> None:
         cost = costs(1, 7, 7)
         alignment = expected_alignment(cost + cost.mT, gamma=0.3, band=3)

@@ -42,6 +42,8 @@ class TeacherConfig(_Part):
     """Branch, tag or commit of a hub model; None is its main branch."""
     dtype: DtypeName = "auto"
     """Weights in memory; auto: float32 on CPU, bfloat16 where the card has it in hardware, else float16."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """Weights in 4 or 8 bits (bitsandbytes, GPU only); int8 needs a card of 2018 or newer."""
     device: str = "auto"
     """auto: the student's device. A second card is named as cuda:1."""
     attention: str | None = None

@@ -259,9 +259,7 @@ class _Encoder:
             return "answer contains the end-of-text token"
         return None
 
-    def _join(
-        self, text: str, prompt: list[int], response: tuple[list[int], Offsets]
-    ) -> tuple[list[int], list[int]]:
+    def _join(self, text: str, prompt: list[int], response: tuple[list[int], Offsets]) -> tuple[list[int], list[int]]:
         """Ids of the whole row; unit ids of its response and its end-of-text."""
         ids, offsets = response
         room = self.max_length - len(prompt)

@@ -88,8 +88,7 @@ def _read_file(path: Path, split: str | None) -> Iterator[Record]:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(
-            f"'{path}': cannot tell its format from the ending '{path.suffix}'; "
-            f"expected one of {', '.join(READERS)}"
+            f"'{path}': cannot tell its format from the ending '{path.suffix}'; expected one of {', '.join(READERS)}"
         )
     _check_only_split(path, split)
     _check_content(path)
@@ -152,9 +151,7 @@ def _parse_line(path: Path, number: int, text: str) -> Record:
             f"{error.colno}): {text[:_EXCERPT_CHARS]}"
         ) from error
     if isinstance(value, list):
-        raise UserError(
-            f"'{path}', line {number}: {expected}, got a list; a JSON array belongs in a .json file"
-        )
+        raise UserError(f"'{path}', line {number}: {expected}, got a list; a JSON array belongs in a .json file")
     if not isinstance(value, dict):
         raise UserError(f"'{path}', line {number}: {expected}, got {text[:_EXCERPT_CHARS]}")
     return value
@@ -264,9 +261,7 @@ def _load_from_hub(name: str, split: str | None) -> "datasets.Dataset":
     try:
         loaded = datasets.load_dataset(repository, config or None, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"{_say_missing(Path(name))}; as a name on the hub it could not be loaded: {error}"
-        ) from error
+        raise UserError(f"{_say_missing(Path(name))}; as a name on the hub it could not be loaded: {error}") from error
     return _pick_split(loaded, split, name) if split is None else loaded
 
 

@@ -102,9 +102,8 @@ def shared_word_units(text: str, *sides: Offsets) -> list[list[int]]:
         if not is_covered.any():
             return [[-1] * len(side) for side in sides]
         joined |= (_count_intervals(first + 1, end, num_words) > 0) | ~is_covered
-        joined[: is_covered.argmax() + 1] = True  # no unit stands before the first covered word
+        joined[: is_covered.argmax() + 1] = True  # all up to the first covered word are unit 0
     unit_of_word = np.cumsum(~joined)
-    unit_of_word -= unit_of_word[:1]
     return [np.where(first < 0, -1, unit_of_word[first]).tolist() for first, _ in touched]
 
 
@@ -184,9 +183,7 @@ def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
-def _why_not_padded(
-    a: "PreTrainedTokenizerBase", b: "PreTrainedTokenizerBase", num_shared: int
-) -> str | None:
+def _why_not_padded(a: "PreTrainedTokenizerBase", b: "PreTrainedTokenizerBase", num_shared: int) -> str | None:
     """Why the ids from num_shared on matter to text; None where they are only reserved."""
     for tokenizer in (a, b):
         eos = tokenizer.eos_token_id
@@ -197,21 +194,15 @@ def _why_not_padded(
             )
         reserved = tokenizer.get_added_vocab()
         ordinary = [
-            token
-            for token, index in tokenizer.get_vocab().items()
-            if index >= num_shared and token not in reserved
+            token for token, index in tokenizer.get_vocab().items() if index >= num_shared and token not in reserved
         ]
-        difference = _first_difference(
-            a, b, [tokenizer.convert_tokens_to_string([token]) for token in ordinary]
-        )
+        difference = _first_difference(a, b, [tokenizer.convert_tokens_to_string([token]) for token in ordinary])
         if difference is not None:
             return difference
     return None
 
 
-def _first_difference(
-    a: "PreTrainedTokenizerBase", b: "PreTrainedTokenizerBase", texts: Sequence[str]
-) -> str | None:
+def _first_difference(a: "PreTrainedTokenizerBase", b: "PreTrainedTokenizerBase", texts: Sequence[str]) -> str | None:
     """The first text that gets other ids from b than from a, in words; None where there is none."""
     if not texts:
         return None

@@ -50,9 +50,7 @@ class Question:
 Template = Callable[[Question, "PreTrainedTokenizerBase | None"], str]
 
 
-def prompt_renderer(
-    template: str, tokenizer: "PreTrainedTokenizerBase | None" = None
-) -> Callable[[Question], str]:
+def prompt_renderer(template: str, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Callable[[Question], str]:
     """The function that writes a question as a prompt.
 
     Args:
@@ -95,9 +93,7 @@ def _chat(question: Question, tokenizer: "PreTrainedTokenizerBase | None") -> st
 
     assert tokenizer is not None  # prompt_renderer has checked
     try:
-        text = tokenizer.apply_chat_template(
-            question.as_messages(), tokenize=False, add_generation_prompt=True
-        )
+        text = tokenizer.apply_chat_template(question.as_messages(), tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
         raise UnusableRow(f"refused by the chat template ({error})") from error
     return str(text)

@@ -5,9 +5,8 @@ teacher's entropy is included. Gradient flows to the student only; it is formed 
 that a position costs few passes over the vocabulary.
 
 An id whose log-probability is −inf on both sides contributes nothing. On one side only it is an error of the caller.
-`divergence` looks and says so; the losses do not, as a look makes the host wait for the device. There such an
-id gives its exact contribution where that is finite for this divergence, and inf or NaN where it is not: never a wrong
-finite number.
+`divergence` looks and says so; the losses do not, as a look makes the host wait for the device. From them such an id
+gets either its exact contribution or inf or NaN, at which a training run stops: never a wrong finite number.
 """
 
 import difflib
@@ -46,7 +45,7 @@ def forward_kl(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
         teacher_logprobs: (N, C) log-probabilities; no gradient.
     Returns:
         (N,) float32, float64 for float64; ≥ 0, 0 where p = q. Not multiplied by temperature².
-    Source: Hinton et al. 2015, arXiv:1503.02531, section 2. Differs: the teacher's entropy is included.
+    Source: Hinton et al. 2015, arXiv:1503.02531. Differs: the teacher's entropy is included.
     """
     return _sum_entries(student_logprobs, teacher_logprobs, _forward_kl_entries)
 
@@ -62,7 +61,7 @@ def reverse_kl(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
         teacher_logprobs: (N, C) log-probabilities; no gradient.
     Returns:
         (N,) float32, float64 for float64; ≥ 0, 0 where p = q.
-    Source: Gu et al. 2023, arXiv:2306.08543, equation 1. Differs: per token, on given text.
+    Source: Gu et al. 2023, arXiv:2306.08543. Differs: per token, on given text, not per sequence by sampling.
     """
     return _sum_entries(student_logprobs, teacher_logprobs, _reverse_kl_entries)
 
@@ -80,7 +79,7 @@ def jsd(student_logprobs: Tensor, teacher_logprobs: Tensor, *, beta: float = 0.5
         (N,) float32, float64 for float64; 0 where p = q, at most the entropy of (β, 1−β), log 2 for a half.
     Raises:
         ValueError: beta is not strictly between 0 and 1.
-    Source: Agarwal et al. 2023, arXiv:2306.13649, equation 1. Differs: none.
+    Source: Agarwal et al. 2023, arXiv:2306.13649, generalised JSD(β). Differs: none.
     """
     if not 0 < beta < 1:
         raise ValueError(f"jsd: beta={beta}, must be between 0 and 1; at the ends use forward_kl or reverse_kl")
@@ -97,7 +96,7 @@ def tvd(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
         teacher_logprobs: (N, C) log-probabilities; no gradient.
     Returns:
         (N,) float32, float64 for float64; 0 where p = q, at most 1.
-    Source: Wen et al. 2023, arXiv:2307.15190, section 3. Differs: per token.
+    Source: Wen et al. 2023, arXiv:2307.15190, TVD. Differs: per token.
     """
     return _sum_entries(student_logprobs, teacher_logprobs, _tvd_entries)
 
@@ -116,7 +115,7 @@ def skew_forward_kl(student_logprobs: Tensor, teacher_logprobs: Tensor, *, alpha
         (N,) float32, float64 for float64; ≥ 0, 0 where p = q.
     Raises:
         ValueError: alpha is not within [0, 1).
-    Source: Ko et al. 2024, arXiv:2402.03898, equation 4. Differs: the teacher's entropy is included.
+    Source: Ko et al. 2024, arXiv:2402.03898, α-SKL. Differs: the teacher's entropy is included.
     """
     _check_skew("skew_forward_kl", alpha)
     if alpha == 0:
@@ -138,7 +137,7 @@ def skew_reverse_kl(student_logprobs: Tensor, teacher_logprobs: Tensor, *, alpha
         (N,) float32, float64 for float64; ≥ 0, 0 where p = q.
     Raises:
         ValueError: alpha is not within [0, 1).
-    Source: Ko et al. 2024, arXiv:2402.03898, section 3.1. Differs: the mixture is formed in log space.
+    Source: Ko et al. 2024, arXiv:2402.03898, α-SRKL. Differs: the mixture is formed in log space.
     """
     _check_skew("skew_reverse_kl", alpha)
     if alpha == 0:
@@ -163,8 +162,8 @@ def alpha_beta(student_logprobs: Tensor, teacher_logprobs: Tensor, *, alpha: flo
         |log p − log q| nears 88 / |exponent|.
     Raises:
         ValueError: alpha, beta or alpha + beta is nearer to 0 than 0.01 but not 0, or alpha + beta < 0.
-    Source: Wang et al. 2025, arXiv:2505.04560, definition 3.1; limits: Cichocki et al. 2011, Entropy 13(1). Differs:
-        α + β < 0 is refused, as it divides by probabilities that may be 0.
+    Source: Wang et al. 2025, arXiv:2505.04560, α-β-divergence; limits: Cichocki et al. 2011, Entropy 13(1), 134-170.
+        Differs: α + β < 0 is refused, as it divides by probabilities that may be 0.
     """
     total = round(alpha + beta, 12)  # 0.3 - 0.3 in floating point
     if total < 0 or any(0 < abs(exponent) < _SMALLEST_EXPONENT for exponent in (alpha, beta, total)):

@@ -35,7 +35,7 @@ class LiveTeacher:
         self.model = model.eval().requires_grad_(False)
         self.vocab_size = vocab_size
         self.dense = dense
-        self.hidden_size: int = model.config.hidden_size
+        self.hidden_size: int = model.config.hidden_size if dense else head_of(model).weight.shape[1]
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor | int]) -> TeacherSignal:

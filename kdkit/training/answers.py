@@ -92,6 +92,7 @@ def _answer_portions(
         settings.path,
         dtype=getattr(torch, dtype),
         device=machine.device if settings.device == "auto" else settings.device,
+        revision=settings.revision,
         attn_implementation=settings.attention,
         trust_remote_code=settings.trust_remote_code,
     )

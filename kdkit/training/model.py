@@ -42,7 +42,11 @@ class DistillModel(nn.Module):
         self.student = student
         self.objective = objective
         self.vocab_size = vocab_size
-        self.adapters = objective.build_adapters(student.config.hidden_size, teacher_hidden_size)
+        self.adapters = objective.build_adapters(self._hidden_size(), teacher_hidden_size)
+
+    def _hidden_size(self) -> int:
+        """Width of the states that the head sees; some models project before it."""
+        return self.student.config.hidden_size if self.dense else head_of(self.student).weight.shape[1]
 
     def forward(
         self,

@@ -20,6 +20,7 @@ from kdkit.evaluation import Evaluation, GenerationSettings, evaluate_model
 from kdkit.loading import (
     check_finite_logits,
     check_head,
+    check_tokenizer_fits,
     load_model,
     load_tokenizer,
     shared_vocab_size,
@@ -165,6 +166,7 @@ class _Run:
                 f"({relation.evidence}): their token ids mean different text, so that their distributions cannot "
                 "be compared. Choose a student of the teacher's family"
             )
+        self.tokenizer_kind = relation.kind
         return tokenizer
 
     def _load_rows(self, source: str, limit: int | None) -> Rows:
@@ -204,6 +206,7 @@ class _Run:
             from_scratch=settings.from_scratch and after is None,
             seed=self.config.seed,
         )
+        check_tokenizer_fits(student, self.tokenizer)
         if settings.gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return student
@@ -216,6 +219,7 @@ class _Run:
                 settings.path,
                 dtype=getattr(torch, self._dtype_name(settings.dtype)),
                 device=self._device() if settings.device == "auto" else settings.device,
+                quantization=settings.quantization,
                 revision=settings.revision,
                 attn_implementation=settings.attention,
                 trust_remote_code=settings.trust_remote_code,
@@ -227,7 +231,8 @@ class _Run:
         return self._teacher
 
     def _shared_vocab_size(self, student: PreTrainedModel) -> int | None:
-        return shared_vocab_size(self._load_teacher().model, student, len(self.tokenizer))
+        teacher = self._load_teacher().model
+        return shared_vocab_size(teacher, student, len(self.tokenizer), kind=self.tokenizer_kind)
 
     def _device(self) -> str:
         return str(self.processes.device)

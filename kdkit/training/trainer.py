@@ -257,8 +257,7 @@ class DistillTrainer(Trainer):
             outputs = model(
                 **inputs, signal=self._signal(inputs, moment), moment=moment, extras=("label_logprobs",)
             )
-            if counted:
-                self._add_to_totals(totals, outputs, inputs)
+            self._add_to_totals(totals, outputs, inputs, share=float(counted))
         totals.complete_step()
         sums = self._over_processes(totals)
         figures: dict[str, float] = {"loss": 0.0}
@@ -291,14 +290,14 @@ class DistillTrainer(Trainer):
             yield batches[min(mine, len(batches) - 1)], mine < len(batches)
 
     def _add_to_totals(
-        self, totals: RunningSums, outputs: Mapping[str, Any], inputs: Mapping[str, Any]
+        self, totals: RunningSums, outputs: Mapping[str, Any], inputs: Mapping[str, Any], *, share: float
     ) -> None:
-        for name, value in outputs["sums"].items():
-            totals.add(name, value)
-        device = outputs["loss"].device
-        totals.add("nll", -outputs["extras"]["label_logprobs"].double().sum())
-        totals.add("tokens", torch.tensor(float(inputs["positions"].numel()), device=device))
-        totals.add("sequences", torch.tensor(float(inputs["num_sequences"]), device=device))
+        """Add a batch, or nothing under the same names, so that all processes have as many figures to add up."""
+        items = {"tokens": inputs["positions"].numel(), "sequences": inputs["num_sequences"]}
+        figures = {name: torch.tensor(float(number), device=self.args.device) for name, number in items.items()}
+        figures |= outputs["sums"] | {"nll": -outputs["extras"]["label_logprobs"].double().sum()}
+        for name, value in figures.items():
+            totals.add(name, share * value)
 
     def _over_processes(self, sums: RunningSums) -> dict[str, float]:
         """Scalar sums added over all processes, as numbers."""

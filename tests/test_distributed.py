@@ -1,0 +1,76 @@
+"""Two processes give the gradients of one; nothing home-made in between."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_trainer import OBJECTIVES, assert_same_gradients, gradients_of, rows_of
+from tiny import ALL_TERMS, make_pair, tiny_config
+
+TINY = Path(__file__).with_name("tiny.py")
+STEPS = {"max_steps": 2, "scheduler": "constant", "warmup_steps": 0}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return make_pair(tmp_path_factory.mktemp("pair"))
+
+
+def launch(folder, config, *options):
+    """Train with `accelerate launch` on two processes of this machine, without a GPU over gloo; returns the log rows."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(config.model_dump_json())
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", *options]
+    command += ["--main_process_port", "0", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*command, str(TINY), str(folder)], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+class TestTwoProcesses:
+    @pytest.mark.parametrize("name", ["all", "weight still 0"])
+    def test_of_batch_4_are_one_of_batch_8(self, pair, tmp_path, name):
+        single = tiny_config(pair, objective=OBJECTIVES[name], batch_size=8, **STEPS)
+        half = tiny_config(pair, objective=OBJECTIVES[name], batch_size=4, **STEPS)
+        trainer, steps = gradients_of(single, tmp_path / "one")
+        rows = launch(tmp_path / "two", half, "--multi_gpu")  # the launcher's name for several processes; gloo here
+        assert_same_gradients(load_file(tmp_path / "two" / "gradients-0.safetensors"), steps[0])
+        ours = [row for row in rows if row["kind"] == "train"]
+        for mine, other in zip(ours, rows_of(trainer), strict=True):
+            for key in ("loss", "grad_norm", *(k for k in other if k.startswith(("part/", "dtw/")))):
+                assert mine[key] == pytest.approx(other[key], rel=1e-4), key
+        measured = next(row for row in rows if row["kind"] == "eval")
+        expected = rows_of(trainer, "eval")[0]
+        for key in ("loss", "cross_entropy"):  # 7 rows in batches of 4: one process repeats nothing it counts
+            assert measured[key] == pytest.approx(expected[key], rel=1e-4)
+
+    def test_sharded_by_fsdp_train_to_the_same_weights(self, pair, tmp_path):
+        config = tiny_config(pair, objective=ALL_TERMS, batch_size=4, **STEPS)
+        single, _ = gradients_of(tiny_config(pair, objective=ALL_TERMS, batch_size=8, **STEPS), tmp_path / "one")
+        launch(
+            tmp_path / "two",
+            config,
+            "--use_fsdp",
+            "--fsdp_version=1",
+            "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP",
+            "--fsdp_transformer_layer_cls_to_wrap=LlamaDecoderLayer",
+            "--fsdp_state_dict_type=FULL_STATE_DICT",
+            "--fsdp_use_orig_params=true",
+            "--fsdp_sync_module_states=false",  # the default asks for an accelerator
+            "--fsdp_cpu_ram_efficient_loading=false",
+        )
+        saved = tmp_path / "two" / "run" / "checkpoint-2"
+        weights = load_file(saved / "model.safetensors")
+        expected = load_file(tmp_path / "one" / "checkpoint-2" / "model.safetensors")
+        assert weights.keys() == expected.keys()
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-4)
+        assert (saved / "adapters.safetensors").is_file()
