@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 the run failed; 2 bad usage or input; 130 / 143 stopped by
 """
 
 import json
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -152,11 +153,9 @@ def main() -> None:
         code = 2 if isinstance(error, UserError) else 1
         if debug:
             traceback.print_exc()
-    except KeyboardInterrupt as error:  # Interrupted by a signal, or a Ctrl-C before a run began
-        click.echo(f"{error or 'stopped'}; continue with --resume", err=True)
-        code = 128 + getattr(error, "signum", 2)
-    except click.Abort:
-        code = 130
+    except click.Abort as abort:  # what click makes of a KeyboardInterrupt, and so of Interrupted
+        click.echo(f"{abort.__cause__ or 'stopped'}; continue with --resume", err=True)
+        code = 128 + getattr(abort.__cause__, "signum", signal.SIGINT)
     sys.exit(code)
 
 

@@ -72,9 +72,7 @@ def _plan(output: Path) -> dict[str, dict[str, JsonValue]]:
     }
 
 
-def _run(
-    name: str, tree: dict[str, JsonValue], output: Path, *, resume: bool, stop: StopRequest | None
-) -> RunResult:
+def _run(name: str, tree: dict[str, JsonValue], output: Path, *, resume: bool, stop: StopRequest | None) -> RunResult:
     """One of the runs; with `resume` it goes on if it had begun."""
     folder = output / name
     return run_distillation(load_config(tree), folder, resume=resume and folder.is_dir(), stop=stop)

@@ -5,5 +5,5 @@ class UserError(Exception):
     """Bad usage or input: the message says what was given, what is allowed and what to do."""
 
 
-class RunFailed(Exception):  # noqa: N818  (a state of the run, not a fault of the code)
+class RunFailed(Exception):
     """The run itself failed; the message names the stage, the step and what was saved."""

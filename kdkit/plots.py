@@ -279,7 +279,9 @@ def _run_steps(rows: Sequence[Row], begins: Mapping[str, float]) -> np.ndarray:
 
 
 def _names(rows: Sequence[Row], prefix: str) -> list[str]:
-    return list(dict.fromkeys(key.removeprefix(prefix) for row in rows for key in row if key.startswith(prefix)))
+    """What follows the prefix in some row: the best-known terms first, then as they appear."""
+    found = dict.fromkeys(key.removeprefix(prefix) for row in rows for key in row if key.startswith(prefix))
+    return [name for name in _TERM_COLOURS if name in found] + [name for name in found if name not in _TERM_COLOURS]
 
 
 def _number(row: Row, name: str) -> float | None:
@@ -338,12 +340,12 @@ def _evaluation_finding(steps: np.ndarray, rows: Sequence[Row], name: str) -> st
     values = _column(rows, name)
     finite = np.flatnonzero(np.isfinite(values))
     first, last, best = values[finite[0]], values[finite[-1]], _best(values, more_is_better)
-    label = label.removesuffix(" (%)")
+    label = label[0].upper() + label[1:].removesuffix(" (%)")
     if len(finite) == 1:
         return f"{label} is {last:.4g} after {steps[finite[0]]:.0f} steps"
     verb = "rose" if last > first else "fell" if last < first else "stayed"
     where = "" if best == finite[-1] else f"; best: {values[best]:.4g} at step {steps[best]:.0f}"
-    return f"{label[0].upper()}{label[1:]} {verb} from {first:.4g} to {last:.4g}{where}"
+    return f"{label} {verb} from {first:.4g} to {last:.4g}{where}"
 
 
 def _alone_finding(student: str, row: Row, teacher: Row | None) -> str:

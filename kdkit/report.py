@@ -154,7 +154,7 @@ def write_comparison_report(output: str | Path, folders: Mapping[str, Path], com
     _check_same_rows(runs)
     figures = [_comparison_illustration(comparison)]
     for name, run in runs.items():
-        figures += run.illustrations(f"{name}: ")
+        figures += run.illustrations(name)
     return write_report(
         Path(output) / "report.html",
         comparison,
@@ -183,7 +183,8 @@ def comparison_table(rows: Sequence[Row]) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    note = "second line: 95 % interval over rows"
+    over = "sampling seeds" if any(row.get("seeds") for row in rows) else "rows"
+    note = f"second line: 95 % interval over {over}"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=note, caption_justify="left")
     columns = _columns(rows, _TERMINAL_COLUMNS)
     for name in columns:
@@ -319,27 +320,20 @@ class _Run:
             last[row.get("stage")] = max(last.get(row.get("stage"), 0), int(str(row["step"])))
         return sum(last.values())
 
-    def illustrations(self, prefix: str = "") -> list[Illustration]:
-        """The curves that its metrics allow."""
-        kinds = {row.get("kind") for row in self.metrics}
+    def illustrations(self, name: str = "") -> list[Illustration]:
+        """The curves that its metrics allow; `name` where several runs are shown."""
+        of_run = f" ({name})" if name else ""
         shown = []
-        if "train" in kinds:
-            caption = (
-                f"{prefix}the loss, its parts before their weights, the weights and the learning rate while training."
-            )
-            shown.append(Illustration(plot_training(self.metrics), _sentence(caption)))
+        if any(row.get("kind") == "train" for row in self.metrics):
+            caption = f"Loss, its parts before their weights, weights and learning rate while training{of_run}."
+            shown.append(Illustration(plot_training(self.metrics), caption))
         if any(row.get("kind") == "eval" and ("rouge_l" in row or "perplexity" in row) for row in self.metrics):
-            caption = f"{prefix}the validation rows while training."
-            shown.append(Illustration(plot_evaluations(self.metrics), _sentence(caption)))
+            shown.append(Illustration(plot_evaluations(self.metrics), f"Validation rows while training{of_run}."))
         return shown
 
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
-
-
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def _comparison_illustration(comparison: Sequence[Row]) -> Illustration:

@@ -69,9 +69,7 @@ class Schedule(BaseModel):
         return self
 
     @model_serializer(mode="wrap")
-    def _constant_as_number(
-        self, as_mapping: SerializerFunctionWrapHandler
-    ) -> float | dict[str, object]:
+    def _constant_as_number(self, as_mapping: SerializerFunctionWrapHandler) -> float | dict[str, object]:
         return self.start if self.shape == "constant" else as_mapping(self)
 
     def at(self, step: int, num_steps: int) -> float:

@@ -86,8 +86,5 @@ def run_killed_then_resumed(config: DistillConfig, folder: Path, kill_at: int) -
     """A run that is killed at an event and then resumed, or begun again where nothing had been written yet."""
     shutil.rmtree(folder, ignore_errors=True)
     assert run_forked(config, folder, kill_at=kill_at) is None
-    begun = (folder / "config.yaml").is_file()
-    if not begun:
-        shutil.rmtree(folder, ignore_errors=True)
-    run_forked(config, folder, resume=begun)
+    run_forked(config, folder, resume=(folder / "config.yaml").is_file())
     return folder

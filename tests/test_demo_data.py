@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 DEMO = Path(__file__).parents[1] / "data" / "demo"
 SPLITS = ("train", "validation", "test")
@@ -22,6 +23,11 @@ def references_of(row):
 
 def run_maker(program, folder):
     subprocess.run([sys.executable, program, folder], check=True, capture_output=True, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(DEMO / "teacher")
 
 
 class TestMakeRows:
@@ -77,9 +83,7 @@ class TestRows:
         assert 0 < without_input < len(rows) / 4
 
     def test_no_question_stands_in_two_rows_even_under_another_instruction(self):
-        questions = [
-            row["input"] or row["instruction"] for split in SPLITS for row in read_rows(split)
-        ]
+        questions = [row["input"] or row["instruction"] for split in SPLITS for row in read_rows(split)]
         assert len(questions) > 5000
         assert len(set(questions)) == len(questions)
 
@@ -93,8 +97,7 @@ class TestTeacher:
 
     def test_student_shares_the_vocabulary_and_is_several_times_smaller(self):
         teacher, student = (
-            json.loads((DEMO / name / "config.json").read_text(encoding="utf-8"))
-            for name in ("teacher", "student")
+            json.loads((DEMO / name / "config.json").read_text(encoding="utf-8")) for name in ("teacher", "student")
         )
         for field in ("vocab_size", "pad_token_id", "eos_token_id"):
             assert student[field] == teacher[field]
@@ -102,12 +105,6 @@ class TestTeacher:
 
 
 class TestTokenizer:
-    @pytest.fixture(scope="class")
-    def tokenizer(self):
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(DEMO / "teacher")
-
     def test_training_it_again_gives_the_committed_bytes(self, tmp_path):
         run_maker(DEMO / "make_tokenizer.py", tmp_path)
         for path in tmp_path.iterdir():

@@ -22,7 +22,7 @@ def pair(tmp_path_factory):
 
 
 def launch(folder, config, *options):
-    """Train with `accelerate launch` on two processes of this machine, without a GPU over gloo; returns the log rows."""
+    """Train with `accelerate launch` on two processes, over gloo where there is no GPU; returns the log rows."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(config.model_dump_json())
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", *options]
@@ -54,7 +54,7 @@ class TestTwoProcesses:
 
     def test_sharded_by_fsdp_train_to_the_same_weights(self, pair, tmp_path):
         config = tiny_config(pair, objective=ALL_TERMS, batch_size=4, **STEPS)
-        single, _ = gradients_of(tiny_config(pair, objective=ALL_TERMS, batch_size=8, **STEPS), tmp_path / "one")
+        gradients_of(tiny_config(pair, objective=ALL_TERMS, batch_size=8, **STEPS), tmp_path / "one")
         launch(
             tmp_path / "two",
             config,

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import string
 import time
 import warnings
 
@@ -280,7 +281,7 @@ class TestReadPredictions:
             read_predictions(tmp_path / "empty.jsonl")
 
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+LETTERS = string.ascii_letters + string.digits
 END_ID = 2
 
 
@@ -316,7 +317,10 @@ def model(tokenizer) -> LlamaForCausalLM:
         bos_token_id=1,
         attention_dropout=0.3,
     )
-    return LlamaForCausalLM(config).double()
+    model = LlamaForCausalLM(config).double()
+    with torch.no_grad():
+        model.lm_head.weight[END_ID : END_ID + 2] *= 1.5  # so that some answers end, by either special token
+    return model
 
 
 PROMPTS = ["a", "the quick fox", "bb", "jumps over", "zebra crossing ahead", "q", "lazy dogs sleep", "mmm"]
@@ -436,16 +440,16 @@ class TestGenerateAnswers:
         assert sampled(2) != first
 
     def test_sampling_draws_from_the_whole_distribution(self, model, tokenizer):
-        # Nearly flat logits: the 31 tokens come about equally often, which a nucleus of 0.2 forbids.
+        # Nearly flat logits: all 67 tokens come about equally often, unless only the 50 likeliest may.
         with torch.no_grad():
             model.lm_head.weight.mul_(1e-3)
 
         def letters(top_p):
-            settings = GenerationSettings(max_new_tokens=1, batch_size=400, sampling_temperature=1.0, top_p=top_p)
-            return {answer.text for answer in generate_answers(model, tokenizer, ["a"] * 400, settings)}
+            settings = GenerationSettings(max_new_tokens=1, batch_size=1000, sampling_temperature=1.0, top_p=top_p)
+            return {answer.text for answer in generate_answers(model, tokenizer, ["a"] * 1000, settings)}
 
-        assert len(letters(1.0)) >= 27
-        assert len(letters(0.2)) <= 8
+        assert len(letters(1.0)) >= 62
+        assert len(letters(0.2)) <= 15
 
     def test_as_many_beams_as_tokens_find_the_likeliest_text_of_all(self, model, tokenizer):
         def best_text(prompt):

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "kdkit"
 
 # Top to bottom. A name stands for the module and all below it; a package in SPLIT for its __init__ only.
 FLOORS = (
+    ("__main__",),
     ("cli",),
     ("demo", "widgets"),
     (

@@ -121,7 +121,7 @@ class TestWhatIsLogged:
         trainer = build_trainer(config, tmp_path)
         batches = []
         forward = trainer.model.forward
-        trainer.model.forward = lambda **given: batches.append(given) or forward(**given)
+        trainer.model.forward = lambda batch, **given: batches.append(batch) or forward(batch, **given)
         expected = []
 
         class Measure(TrainerCallback):

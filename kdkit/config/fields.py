@@ -279,7 +279,7 @@ class DistillConfig(_Part):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
-    stages: dict[str, dict[str, JsonValue]] = Field(default_factory=lambda: dict[str, dict[str, JsonValue]]({"distill": {}}), min_length=1)
+    stages: Annotated[dict[str, dict[str, JsonValue]], Field(min_length=1)] = {"distill": {}}
     """Each stage and what it overrides, in order: {warm_start: {optim: {max_steps: 100}}, distill: {}}."""
     seed: int = Field(default=10, ge=0, lt=2**31)
     """Seeds weights, row order and dropout; each stage derives its own. DistiLLM runs 10 to 50."""

@@ -123,9 +123,7 @@ def _with_presets(tree: Tree) -> Tree:
     for name in names if isinstance(names, list) else [names]:
         if name not in list_presets():
             known = list_presets()
-            raise UserError(
-                f"preset {name!r} is not known{_nearest(str(name), known)}. Presets: {', '.join(known)}"
-            )
+            raise UserError(f"preset {name!r} is not known{_nearest(str(name), known)}. Presets: {', '.join(known)}")
         _merge_into(merged, _with_presets(_read_yaml(_preset_folder() / f"{name}.yaml")))
     _merge_into(merged, tree)
     return merged

@@ -133,6 +133,29 @@ def encode_prompts(prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase")
     return [ids if ids[: len(front)] == front else front + ids for ids in encoded]
 
 
+class Batch(TypedDict):
+    """What `DistillCollator` makes of B rows; all tensors int64."""
+
+    input_ids: torch.Tensor
+    """(B, T), right-padded."""
+    attention_mask: torch.Tensor
+    """(B, T), 1 on tokens."""
+    labels: torch.Tensor
+    """(B, T), at the token itself; -100 = not counted."""
+    positions: torch.Tensor
+    """(N,) ascending flat indices b * T + t of the positions that predict a counted token: the one right after."""
+    lengths: torch.Tensor
+    """(B,) tokens of each row."""
+    unit_ids: torch.Tensor
+    """(B, T), at the token itself; -1 = none."""
+    row_ids: torch.Tensor
+    """(B,)"""
+    max_units: int
+    """The most units of a row."""
+    num_sequences: int
+    """Rows with a unit."""
+
+
 @dataclass(frozen=True)
 class DistillCollator:
     """Encoded rows to one padded batch; what counts is decided by lengths, never by comparing ids.
@@ -143,18 +166,13 @@ class DistillCollator:
     pad_token_id: int
     pad_to_multiple_of: int | None = None
 
-    def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor | int]:
+    def __call__(self, rows: Sequence[EncodedRow]) -> Batch:
         """Right-pads B rows to T tokens.
 
         Args:
             rows: rows of EncodedRows.dataset.
         Returns:
-            All int64 tensors but the last two, which are ints:
-            input_ids, attention_mask (B, T); labels (B, T), at the token itself, -100 = not counted;
-            positions (N,), ascending flat indices b * T + t of the positions that predict a counted
-            token, so that labels.flatten()[positions + 1] are those tokens; lengths (B,) in tokens;
-            unit_ids (B, T), at the token itself, -1 = none; row_ids (B,); max_units, the most units
-            of a row; num_sequences, the rows with a unit. A prompt-only row gives no positions.
+            The batch; labels.flatten()[positions + 1] are the counted tokens. A prompt-only row gives no positions.
         """
         lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)  # (B,)
         prompt_lengths = np.array([row["prompt_length"] for row in rows], dtype=np.int64)
@@ -174,11 +192,11 @@ class DistillCollator:
             "unit_ids": unit_ids,
             "row_ids": np.array([row["row_id"] for row in rows], dtype=np.int64),
         }
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return tensors | {
-            "max_units": int(most_units.max()),
-            "num_sequences": int((most_units > 0).sum()),
-        }
+        return Batch(
+            **{name: torch.from_numpy(array) for name, array in arrays.items()},  # type: ignore[typeddict-item]
+            max_units=int(most_units.max()),
+            num_sequences=int((most_units > 0).sum()),
+        )
 
     def _padded_length(self, longest: int) -> int:
         multiple = self.pad_to_multiple_of or 1

@@ -124,7 +124,7 @@ def check_causal(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def check_finite_logits(model: PreTrainedModel, batch: Mapping[str, Tensor | int]) -> None:
+def check_finite_logits(model: PreTrainedModel, batch: Mapping[str, object]) -> None:
     """Refuse a teacher whose logits on real rows are not finite numbers.
 
     Models trained in bfloat16 can overflow in float16, whose largest number is 65,504.

@@ -166,7 +166,8 @@ def alpha_beta(student_logprobs: Tensor, teacher_logprobs: Tensor, *, alpha: flo
         Differs: α + β < 0 is refused, as it divides by probabilities that may be 0.
     """
     total = round(alpha + beta, 12)  # 0.3 - 0.3 in floating point
-    if total < 0 or any(0 < abs(exponent) < _SMALLEST_EXPONENT for exponent in (alpha, beta, total)):
+    allowed = [x == 0 or _SMALLEST_EXPONENT <= abs(x) < math.inf for x in (alpha, beta, total)]
+    if total < 0 or not all(allowed):
         raise ValueError(
             f"alpha_beta: alpha={alpha}, beta={beta}; alpha, beta and their sum must each be 0 or at least "
             f"{_SMALLEST_EXPONENT} in size, and the sum not negative"
@@ -294,7 +295,7 @@ def _reverse_kl_entries(log_q: Tensor, log_p: Tensor, log_ratio: Tensor) -> _Ent
 
 def _jsd_entries(beta: float, log_q: Tensor, log_p: Tensor, log_ratio: Tensor) -> _Entries:
     log_p_over_m = _log_mix(beta, log_ratio).neg_()
-    log_q_over_m = log_ratio + log_p_over_m
+    log_q_over_m = _log_mix(1 - beta, -log_ratio).neg_()  # not log_ratio + log_p_over_m, which cancels
     q = log_q.exp()
     values = log_p.exp().mul_(log_p_over_m).mul_(beta).add_(q * log_q_over_m, alpha=1 - beta)
     return values, lambda: log_q_over_m.mul_(q).mul_(1 - beta)

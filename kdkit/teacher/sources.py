@@ -1,12 +1,11 @@
 """Where a teacher's signal comes from: a model that is asked at every step."""
 
-from collections.abc import Mapping
 from typing import Protocol
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from kdkit.data.batch import Batch
 from kdkit.loading import backbone_hidden, head_of
 from kdkit.teacher.signal import DenseSignal, LiveSignal, TeacherSignal
 
@@ -17,7 +16,7 @@ class TeacherSource(Protocol):
     hidden_size: int
     """Width of the hidden states that the signal carries."""
 
-    def __call__(self, batch: Mapping[str, Tensor | int]) -> TeacherSignal:
+    def __call__(self, batch: Batch) -> TeacherSignal:
         """The signal at the batch's counted positions."""
         ...
 
@@ -38,7 +37,7 @@ class LiveTeacher:
         self.hidden_size: int = model.config.hidden_size if dense else head_of(model).weight.shape[1]
 
     @torch.no_grad()
-    def __call__(self, batch: Mapping[str, Tensor | int]) -> TeacherSignal:
+    def __call__(self, batch: Batch) -> TeacherSignal:
         """The signal at the batch's counted positions, with the hidden states of the whole batch.
 
         Args:

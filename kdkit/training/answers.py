@@ -80,14 +80,10 @@ def _answer_portions(
     """Append answers portion by portion, after those that are there already."""
     done = _keep_whole_lines(partial)
     if done > len(rows):
-        raise UserError(
-            f"{partial} holds {done} answers to {len(rows)} rows: it belongs to other rows; delete it"
-        )
+        raise UserError(f"{partial} holds {done} answers to {len(rows)} rows: it belongs to other rows; delete it")
     machine = preflight()
     settings, evaluation = config.teacher, config.evaluation
-    dtype = (
-        usable_dtype(machine.device, machine.capability).dtype if settings.dtype == "auto" else settings.dtype
-    )
+    dtype = usable_dtype(machine.device, machine.capability).dtype if settings.dtype == "auto" else settings.dtype
     model = load_model(
         settings.path,
         dtype=getattr(torch, dtype),

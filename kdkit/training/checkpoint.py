@@ -33,9 +33,7 @@ def is_whole(folder: Path) -> bool:
         sizes = json.loads((folder / SEAL).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return False
-    return all(
-        (folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items()
-    )
+    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
 
 
 def publish(staged: Path, final: Path) -> None:

@@ -125,17 +125,13 @@ class StageFlow(TrainerCallback):
         if not self._weights_before:
             return
         moved = zip(self._trained(), self._weights_before, strict=True)
-        squares = torch.stack(
-            [(now.detach() - before).double().square().sum() for now, before in moved]
-        ).sum()
+        squares = torch.stack([(now.detach() - before).double().square().sum() for now, before in moved]).sum()
         if self.trainer.is_fsdp_enabled:  # each process holds its own shard
             squares = self.trainer.accelerator.reduce(squares, reduction="sum")
         self.trainer.update_norm = math.sqrt(squares.item())
         self._weights_before = []
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Settle the step and decide what follows it."""
         assert self.trainer is not None
         self.trainer.settle_step()
@@ -179,9 +175,7 @@ class ConsoleProgress(TrainerCallback):
         if state.is_world_process_zero and sys.stderr.isatty():
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage, unit="step")
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar."""
         if self._bar is not None:
             self._bar.update(1)
@@ -197,11 +191,9 @@ class ConsoleProgress(TrainerCallback):
         """Show loss and parts, with the time left."""
         if not logs or not state.is_world_process_zero:
             return
-        parts = {
-            name.removeprefix("part/"): f"{value:.4g}" for name, value in logs.items() if name[:5] == "part/"
-        }
+        parts = {name.removeprefix("part/"): f"{value:.4g}" for name, value in logs.items() if name[:5] == "part/"}
         if self._bar is not None:
-            self._bar.set_postfix(loss=f"{logs['loss']:.4g}", **parts)
+            self._bar.set_postfix({"loss": f"{logs['loss']:.4g}", **parts})
             return
         now = time.monotonic()
         is_last = state.global_step == state.max_steps

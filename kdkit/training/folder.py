@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypedDict
 
 import yaml
 from pydantic import JsonValue
@@ -14,6 +15,16 @@ from kdkit.training.checkpoint import write_text
 from kdkit.training.metrics import MetricsFile
 
 CONFIG_FILE = "config.yaml"
+
+
+class RowsUsed(TypedDict):
+    """Which rows of one kind a run reads, by content."""
+
+    sha256: str
+    num_read: int
+    num_kept: int
+    dropped: dict[str, int]
+    """Reason -> rows left out or cut."""
 
 
 class RunFolder:
@@ -41,22 +52,24 @@ class RunFolder:
         """Folder of a stage."""
         return self.path / "stages" / name
 
-    def open(self, config: DistillConfig, *, resume: bool) -> None:
+    def open(self, config: DistillConfig, *, rows: Mapping[str, RowsUsed], resume: bool) -> None:
         """Make the folder for a new run, or check that it holds this very run.
 
         Args:
             config: the run that is about to start.
+            rows: which rows it reads, for rows.json.
             resume: continue what is there.
         Raises:
             UserError: the folder holds something and `resume` is off; or there is nothing to resume; or the run in it
-                has other settings (each is named).
+                has other settings or read other rows (each is named).
         """
-        config_file = self.path / CONFIG_FILE
+        config_file, rows_file = self.path / CONFIG_FILE, self.path / "rows.json"
         if not resume:
             self._refuse_occupied()
             self.path.mkdir(parents=True, exist_ok=True)
-            write_text(config_file, dump_config(config))
             write_text(self.path / "environment.json", json.dumps(environment(), indent=1))
+            write_text(rows_file, json.dumps(rows, indent=1))
+            write_text(config_file, dump_config(config))  # last: with it the folder holds a run
             return
         if not config_file.is_file():
             raise UserError(f"{self.path} holds no run to resume; leave --resume out to start one")
@@ -66,14 +79,20 @@ class RunFolder:
                 f"{self.path} holds a run with other settings:\n  " + "\n  ".join(changes) + "\n"
                 "Resume it with its own config, or give a new --output"
             )
+        held = json.loads(rows_file.read_text(encoding="utf-8"))
+        changed = [name for name in rows if held.get(name, {}).get("sha256") != rows[name]["sha256"]]
+        if changed:
+            raise UserError(
+                f"the {' and '.join(changed)} rows are no longer those that the run in {self.path} began with: "
+                "put them back, or give a new --output"
+            )
 
     def _refuse_occupied(self) -> None:
         if self.path.is_file():
             raise UserError(f"--output {self.path} is a file; give a folder")
-        if self.path.is_dir() and any(self.path.iterdir()):
-            hint = (
-                "add --resume to continue the run in it, or " if (self.path / CONFIG_FILE).is_file() else ""
-            )
+        begun = {"environment.json", "rows.json"}  # a run that was killed before its config was there
+        if self.path.is_dir() and any(file.name.removesuffix(".partial") not in begun for file in self.path.iterdir()):
+            hint = "add --resume to continue the run in it, or " if (self.path / CONFIG_FILE).is_file() else ""
             raise UserError(f"--output {self.path} exists and is not empty: {hint}give another folder")
 
 

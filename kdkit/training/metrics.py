@@ -57,8 +57,7 @@ class RunningSums:
         self._pending = {}
         self.num_steps = state["num_steps"]
         self._done = {
-            name: torch.tensor(value, dtype=torch.float64, device=device)
-            for name, value in state["sums"].items()
+            name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in state["sums"].items()
         }
 
 

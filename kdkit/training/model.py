@@ -6,9 +6,10 @@ signal outside and handed in, so that nobody trains, moves or saves it by accide
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
+from kdkit.data.batch import Batch
 from kdkit.loading import backbone_hidden, head_of
 from kdkit.teacher.signal import TeacherSignal
 from kdkit.training.objective import Moment, Objective, StudentPass
@@ -50,39 +51,37 @@ class DistillModel(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
+        batch: Batch,
         *,
         signal: TeacherSignal | None,
         moment: Moment,
         extras: tuple[str, ...] = (),
-        **batch: Tensor | int,
     ) -> dict[str, Any]:
         """Student's pass and objective of one batch.
 
         Args:
-            input_ids: (B, T) int64, right-padded.
-            attention_mask: (B, T), 1 on tokens.
+            batch: what the collator made, on the student's device.
             signal: the teacher at the N counted positions, or None.
             moment: step and counts, see `Objective`.
             extras: per-token figures wanted besides.
-            **batch: the rest of the collator's batch.
         Returns:
             As `Objective.__call__`.
         """
-        if self.dense:
-            seen = self._see_dense(input_ids, attention_mask, batch["positions"])
-        else:
-            hidden = backbone_hidden(self.student, input_ids, attention_mask)  # (B, T, H)
-            seen = StudentPass(hidden, head=head_of(self.student, vocab_size=self.vocab_size))
-        return self.objective(
-            seen, batch, signal=signal, moment=moment, adapters=self.adapters, extras=extras
-        )
+        seen = self._see_dense(batch) if self.dense else self._see(batch)
+        return self.objective(seen, batch, signal=signal, moment=moment, adapters=self.adapters, extras=extras)
 
-    def _see_dense(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> StudentPass:
+    def _see(self, batch: Batch) -> StudentPass:
+        """The student's hidden states, and its head beside them."""
+        hidden = backbone_hidden(self.student, batch["input_ids"], batch["attention_mask"])  # (B, T, H)
+        return StudentPass(hidden, head=head_of(self.student, vocab_size=self.vocab_size))
+
+    def _see_dense(self, batch: Batch) -> StudentPass:
         """The student's own logits at the counted positions, for a head that cannot be applied apart."""
         output = self.student(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, output_hidden_states=True
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            use_cache=False,
+            output_hidden_states=True,
         )
-        logits = output.logits.flatten(0, 1).index_select(0, positions)  # (N, V)
+        logits = output.logits.flatten(0, 1).index_select(0, batch["positions"])  # (N, V)
         return StudentPass(output.hidden_states[-1], logits=logits[:, : self.vocab_size])

@@ -6,21 +6,22 @@ over the items it counts; sums are divided by the number of items in the whole a
 that neither the size of a micro-batch nor the number of processes changes the gradient.
 """
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, Protocol
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from kdkit.config import AdaptiveBandConfig, DtwConfig, KdConfig, LmConfig, ObjectiveConfig
+from kdkit.data.batch import Batch
 from kdkit.losses import LOSSES, DivergenceTerm, HeadPassResult, LabelTerm, head_pass, logits_pass
 from kdkit.losses.alignment import AdaptiveBand, alignment_loss, pool_units
+from kdkit.schedules import Schedule
 from kdkit.teacher.signal import Head, TeacherSignal
 
 Item = Literal["tokens", "sequences"]
-Batch = Mapping[str, Tensor | int]
 
 
 @dataclass(frozen=True)
@@ -68,41 +69,65 @@ class Scene:
     adapters: nn.ModuleDict
 
 
-class Term(Protocol):
-    """A named part of the objective."""
+class Term(ABC):
+    """A named part of the objective.
 
-    name: str
-    counts: Item
-    needs_teacher: bool
-    decomposable: bool
+    Args:
+        schedule: share of the total over the stage.
+    """
+
+    name: ClassVar[str]
+    counts: ClassVar[Item]
+    """What the term is a mean over."""
+    needs_teacher: ClassVar[bool]
+    decomposable: ClassVar[bool] = True
     """Whether the term is a sum over items, so that splitting a batch changes nothing."""
-    extras: tuple[str, ...]
-    """What it asks of the head pass, per token."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """What it asks of the head pass, per token."""
+        return ()
 
     def weight(self, moment: Moment) -> float:
-        """Share of the total at this moment."""
-        ...
+        """Share of the total at a moment."""
+        return self.schedule.at(moment.step, moment.num_steps)
 
     def scale(self, moment: Moment) -> float:
         """Constant factor of the term's own definition, such as temperature squared."""
-        ...
+        return 1.0
 
 
-class KdTerm:
+class VocabularyTerm(Term):
+    """A term over next-token distributions, computed in the head pass."""
+
+    @abstractmethod
+    def head_term(self, batch: Batch, moment: Moment, coefficient: float) -> DivergenceTerm | LabelTerm:
+        """The term as the head pass takes it."""
+
+
+class HiddenTerm(Term):
+    """A term over hidden states."""
+
+    @abstractmethod
+    def __call__(self, scene: Scene, moment: Moment) -> TermValue:
+        """The term's sum over one batch."""
+
+
+class KdTerm(VocabularyTerm):
     """Divergence between teacher and student over the vocabulary, summed over counted tokens."""
 
-    name, counts, needs_teacher, decomposable, extras = "kd", "tokens", True, True, ()
+    name, counts, needs_teacher = "kd", "tokens", True
 
     def __init__(self, config: KdConfig) -> None:
+        super().__init__(config.weight)
         self.config = config
         self.loss = partial(LOSSES[config.loss], **config.loss_arguments)
 
-    def weight(self, moment: Moment) -> float:
-        """Share of the total at this moment."""
-        return self.config.weight.at(moment.step, moment.num_steps)
-
     def temperature(self, moment: Moment) -> float:
-        """Softening of both distributions at this moment."""
+        """Softening of both distributions at a moment."""
         return self.config.temperature.at(moment.step, moment.num_steps)
 
     def scale(self, moment: Moment) -> float:
@@ -114,47 +139,37 @@ class KdTerm:
         return DivergenceTerm(self.name, self.loss, weight=coefficient, temperature=self.temperature(moment))
 
 
-class LmTerm:
+class LmTerm(VocabularyTerm):
     """Cross-entropy of the labels, summed over counted tokens."""
 
-    name, counts, needs_teacher, decomposable, extras = "lm", "tokens", False, True, ()
+    name, counts, needs_teacher = "lm", "tokens", False
 
     def __init__(self, config: LmConfig) -> None:
-        self.config = config
-
-    def weight(self, moment: Moment) -> float:
-        """Share of the total at this moment."""
-        return self.config.weight.at(moment.step, moment.num_steps)
-
-    def scale(self, moment: Moment) -> float:
-        """1: cross-entropy in nats."""
-        return 1.0
+        super().__init__(config.weight)
 
     def head_term(self, batch: Batch, moment: Moment, coefficient: float) -> LabelTerm:
         """The term as the head pass takes it."""
         return LabelTerm(self.name, label_targets(batch), weight=coefficient)
 
 
-class DtwTerm:
+class DtwTerm(HiddenTerm):
     """Soft-DTW between the last hidden states of the answer's units, summed over sequences."""
 
-    name, counts, needs_teacher, decomposable = "dtw", "sequences", True, True
+    name, counts, needs_teacher = "dtw", "sequences", True
 
     def __init__(self, config: DtwConfig) -> None:
+        super().__init__(config.weight)
         self.config = config
-        self.extras = ("teacher_entropy",) if config.importance == "inverse_entropy" else ()
 
-    def weight(self, moment: Moment) -> float:
-        """Share of the total at this moment."""
-        return self.config.weight.at(moment.step, moment.num_steps)
-
-    def scale(self, moment: Moment) -> float:
-        """1: the cost is already normalised by the lengths."""
-        return 1.0
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """The teacher's entropy where importance is taken from it."""
+        return ("teacher_entropy",) if self.config.importance == "inverse_entropy" else ()
 
     def __call__(self, scene: Scene, moment: Moment) -> TermValue:
         """Align the projected student with the teacher, in float32 whatever the precision of the pass."""
-        units, max_units = scene.batch["unit_ids"], int(scene.batch["max_units"])
+        units, max_units = scene.batch["unit_ids"], scene.batch["max_units"]
+        assert scene.signal.hidden_states is not None
         with torch.autocast(scene.student_hidden.device.type, enabled=False):
             student, lengths = pool_units(scene.student_hidden.float(), units, max_units)  # (B, U, H)
             student = scene.adapters[PROJECTOR](student)  # (B, U, H_teacher)
@@ -218,15 +233,15 @@ class Objective:
 
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
-        self.vocabulary_terms: tuple[KdTerm | LmTerm, ...] = (KdTerm(config.kd), LmTerm(config.lm))
-        self.hidden_terms: tuple[DtwTerm, ...] = (DtwTerm(config.dtw),)
+        self.kd = KdTerm(config.kd)
+        self.vocabulary_terms: tuple[VocabularyTerm, ...] = (self.kd, LmTerm(config.lm))
+        self.hidden_terms: tuple[HiddenTerm, ...] = (DtwTerm(config.dtw),)
 
     @property
     def terms(self) -> tuple[Term, ...]:
         """The terms that have a weight at any time of the stage."""
-        parts = {"kd": self.config.kd, "lm": self.config.lm, "dtw": self.config.dtw}
-        every = (*self.vocabulary_terms, *self.hidden_terms)
-        return tuple(term for term in every if parts[term.name].weight.largest > 0)
+        every: tuple[Term, ...] = (*self.vocabulary_terms, *self.hidden_terms)
+        return tuple(term for term in every if term.schedule.largest > 0)
 
     @property
     def needs_teacher(self) -> bool:
@@ -305,7 +320,7 @@ class Objective:
         extras: tuple[str, ...],
     ) -> HeadPassResult:
         """One pass over the counted positions for every term over the vocabulary."""
-        terms = [
+        terms: list[DivergenceTerm | LabelTerm] = [
             term.head_term(batch, moment, self.coefficient(term, moment))
             for term in self.vocabulary_terms
             if term in active

@@ -14,9 +14,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from kdkit.config import DistillConfig
 from kdkit.config.reading import stage_config
-from kdkit.data import DistillCollator, EncodedRows, Rows, encode_rows, load_rows, tokenizer_relation
+from kdkit.data.batch import DistillCollator, EncodedRows, encode_rows
+from kdkit.data.rows import Rows, load_rows
+from kdkit.data.spans import tokenizer_relation
 from kdkit.errors import UserError
-from kdkit.evaluation import Evaluation, GenerationSettings, evaluate_model
+from kdkit.evaluation import Evaluation, GenerationSettings, evaluate_model, generate_answers, score_predictions
 from kdkit.loading import (
     check_finite_logits,
     check_head,
@@ -29,7 +31,7 @@ from kdkit.runtime import Preflight, preflight, usable_dtype
 from kdkit.teacher.sources import LiveTeacher
 from kdkit.training import checkpoint
 from kdkit.training.flow import StopRequest
-from kdkit.training.folder import RunFolder
+from kdkit.training.folder import RowsUsed, RunFolder
 from kdkit.training.objective import Objective
 from kdkit.training.stage import StageInputs, run_stage
 
@@ -85,6 +87,7 @@ class _Run:
     stop: StopRequest
     machine: Preflight = field(default_factory=preflight)
     _teacher: LiveTeacher | None = None
+    _encoded: dict[tuple[str, int, int, str], EncodedRows] = field(default_factory=dict)
 
     def open(self, *, resume: bool) -> None:
         """Check machine, folder, tokenizers and rows before anything is trained."""
@@ -99,9 +102,9 @@ class _Run:
         self.train = self._load_rows(data.train, data.train_rows)
         self.validation = self._load_rows(data.validation, data.validation_rows)
         self.test = self._load_rows(data.test, data.test_rows) if data.test else None
+        used = self._describe_rows()
         if self.processes.is_main_process:
-            self.folder.open(self.config, resume=resume)
-            self._announce()
+            self.folder.open(self.config, rows=used, resume=resume)
         self.processes.wait_for_everyone()
 
     def stage(self, index: int, name: str, *, after: Path | None) -> Path:
@@ -153,12 +156,8 @@ class _Run:
     def _load_tokenizers(self) -> PreTrainedTokenizerBase:
         """The student's tokenizer, once it is proved that the teacher reads text in the same way."""
         student, teacher = self.config.student, self.config.teacher
-        tokenizer = load_tokenizer(
-            student.path, revision=student.revision, trust_remote_code=student.trust_remote_code
-        )
-        other = load_tokenizer(
-            teacher.path, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
-        )
+        tokenizer = load_tokenizer(student.path, revision=student.revision, trust_remote_code=student.trust_remote_code)
+        other = load_tokenizer(teacher.path, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
         relation = tokenizer_relation(tokenizer, other)
         if relation.kind == "different":
             raise UserError(
@@ -171,26 +170,42 @@ class _Run:
 
     def _load_rows(self, source: str, limit: int | None) -> Rows:
         data = self.config.data
-        return load_rows(
-            source, columns=data.columns, template=data.template, limit=limit, tokenizer=self.tokenizer
-        )
+        return load_rows(source, columns=data.columns, template=data.template, limit=limit, tokenizer=self.tokenizer)
 
     def _encode(self, rows: Rows, settings: DistillConfig) -> EncodedRows:
-        return encode_rows(
-            rows,
-            self.tokenizer,
-            max_length=settings.data.max_length,
-            max_prompt_length=settings.data.max_prompt_length,
-            unit=settings.objective.dtw.unit,
-        )
+        """Tokenise rows, once for all stages that ask for the same."""
+        lengths = settings.data.max_length, settings.data.max_prompt_length
+        key = (rows.sha256, *lengths, settings.objective.dtw.unit)
+        if key not in self._encoded:
+            self._encoded[key] = encode_rows(
+                rows,
+                self.tokenizer,
+                max_length=lengths[0],
+                max_prompt_length=lengths[1],
+                unit=settings.objective.dtw.unit,
+            )
+        return self._encoded[key]
 
-    def _announce(self) -> None:
-        """Which rows, by content, and what was dropped."""
-        named = {"train": self.train, "validation": self.validation, "test": self.test}
-        for name, rows in named.items():
-            if rows is not None:
-                encoded = self._encode(rows, self.config)
-                print(f"{name}: {rows.report}, {encoded.report}, sha256 {rows.sha256[:12]}", file=sys.stderr)
+    def _describe_rows(self) -> dict[str, RowsUsed]:
+        """Which rows, by content, and what was left out or cut; said once, and kept in rows.json."""
+        used: dict[str, RowsUsed] = {}
+        for name, rows in {"train": self.train, "validation": self.validation, "test": self.test}.items():
+            if rows is None:
+                continue
+            encoded = self._encode(rows, self.config)
+            dropped = {**rows.report.dropped, **encoded.report.dropped, **encoded.report.truncated}
+            used[name] = {
+                "sha256": rows.sha256,
+                "num_read": rows.report.num_read,
+                "num_kept": encoded.report.num_kept,
+                "dropped": dropped,
+            }
+            reasons = "".join(f", {reason}: {count}" for reason, count in dropped.items())
+            print(
+                f"{name}: {encoded.report.num_kept} of {rows.report.num_read} rows{reasons}, sha256 {rows.sha256[:12]}",
+                file=sys.stderr,
+            )
+        return used
 
     def _load_student(self, after: Path | None) -> PreTrainedModel:
         """The student as the stage before left it, or as the config names it."""
@@ -322,14 +337,10 @@ class _ValidationAnswers:
 
     def __call__(self, student: PreTrainedModel, limit: int | None) -> Mapping[str, float]:
         """ROUGE-L, exact match, and how long and how complete the answers are."""
-        from kdkit.evaluation import generate_answers, score_predictions
-
         limits = [n for n in (self.limit, limit) if n is not None]
         rows = self.rows.dataset.select(range(min([len(self.rows), *limits])))
         settings = replace(self.settings, max_new_tokens=2) if limit is not None else self.settings
-        answers = generate_answers(
-            student, self.tokenizer, rows["prompt"], settings, progress=self.stop.check
-        )
+        answers = generate_answers(student, self.tokenizer, rows["prompt"], settings, progress=self.stop.check)
         scores = score_predictions([a.text for a in answers], rows["references"], resamples=0)
         return {
             "rouge_l": scores.rouge_l.value,

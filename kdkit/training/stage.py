@@ -6,8 +6,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from datasets import Dataset
 from safetensors.torch import load_file
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdkit.config import DistillConfig
@@ -93,9 +93,7 @@ def run_stage(
     )
     trainer = DistillTrainer(
         _build_model(config, inputs),
-        training_arguments(
-            config, folder, num_steps=num_steps, precision=inputs.precision, use_cpu=inputs.use_cpu
-        ),
+        training_arguments(config, folder, num_steps=num_steps, precision=inputs.precision, use_cpu=inputs.use_cpu),
         stage=name,
         collator=inputs.collator,
         train_rows=inputs.train_rows,
@@ -112,17 +110,15 @@ def run_stage(
     if trainer.is_world_process_zero():
         metrics.cut(name, step=_step_of(resumed_from))
         print(describe_stage(config, inputs, num_steps, resumed_from), file=sys.stderr)
-    if _step_of(resumed_from) < num_steps:
-        trainer.train(resume_from_checkpoint=str(resumed_from) if resumed_from else None)
+    if resumed_from is not None and _step_of(resumed_from) == num_steps:
+        trainer.finish(resumed_from)
     else:
-        trainer.finish(resumed_from, num_steps)
+        trainer.train(resume_from_checkpoint=str(resumed_from) if resumed_from else None)
     stop.check()
     _leave_model(trainer, folder)
 
 
-def describe_stage(
-    config: DistillConfig, inputs: StageInputs, num_steps: int, resumed_from: Path | None
-) -> str:
+def describe_stage(config: DistillConfig, inputs: StageInputs, num_steps: int, resumed_from: Path | None) -> str:
     """The banner of a stage: what will happen, in the units in which it happens.
 
     Args:
@@ -138,8 +134,7 @@ def describe_stage(
     processes = _num_processes()
     rows = optim.batch_size * optim.accumulation * processes
     terms = ", ".join(
-        f"{term.name} {term.config.weight.start:g}"
-        + ("" if term.config.weight.is_constant else f"..{term.config.weight.end:g}")
+        f"{term.name} {term.schedule.start:g}" + ("" if term.schedule.is_constant else f"..{term.schedule.end:g}")
         for term in Objective(config.objective).terms
     )
     lines = [

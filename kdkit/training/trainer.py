@@ -25,12 +25,13 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_utils import TrainOutput
 
-from kdkit.data.batch import DistillCollator
+from kdkit.data.batch import Batch, DistillCollator
 from kdkit.errors import RunFailed
 from kdkit.runtime import preserved_rng_state, rng_state, set_rng_state
 from kdkit.teacher.sources import TeacherSource
@@ -66,6 +67,9 @@ class DistillTrainer(Trainer):
         callbacks: further callbacks, after the trainer's own.
     """
 
+    optimizer: torch.optim.Optimizer | None
+    control: TrainerControl
+
     def __init__(
         self,
         model: DistillModel,
@@ -93,7 +97,7 @@ class DistillTrainer(Trainer):
         self.objective = model.objective
         self.num_skipped_steps = 0
         self.update_norm: float | None = None
-        self._last_inputs: Mapping[str, Tensor | int] = {}
+        self._last_inputs: Batch | None = None
         self._settled_rng: dict | None = None
         self._last_row_at = time.monotonic()
         self._staging = False
@@ -111,12 +115,10 @@ class DistillTrainer(Trainer):
 
     # ---- what is counted -------------------------------------------------------------------------------------
 
-    def _get_num_items_in_batch(
-        self, batch_samples: list[Mapping[str, Tensor | int]], device: torch.device
-    ) -> dict[Item, float]:
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> dict[Item, float]:
         """Items of each kind over the accumulation window and all processes; the Trainer's own counts labels only."""
         tokens = sum(batch["positions"].numel() for batch in batch_samples)
-        sequences = sum(int(batch["num_sequences"]) for batch in batch_samples)
+        sequences = sum(batch["num_sequences"] for batch in batch_samples)
         counts = torch.tensor([tokens, sequences], device=device)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
@@ -126,23 +128,23 @@ class DistillTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: dict[Item, float] | None = None,
     ) -> Tensor:
         """This micro-batch's share of the window's loss, times the processes, over which DDP and FSDP average."""
         assert num_items_in_batch is not None
         moment = Moment(self.state.global_step, self.args.max_steps, num_items_in_batch)
-        outputs = model(**inputs, signal=self._signal(inputs, moment), moment=moment)
+        outputs = model(inputs, signal=self._signal(inputs, moment), moment=moment)
         self._last_inputs = inputs
-        self._record(outputs, moment)
+        self._record(outputs, moment, num_tokens=inputs["positions"].numel())
         loss = outputs["loss"]
         if self.on_nonfinite == "stop" and not torch.isfinite(loss):
             culprits = [name for name, value in outputs["sums"].items() if not torch.isfinite(value)]
             self._stop_at_nonfinite(f"the loss is {loss.item()}; term {' and '.join(culprits) or 'total'}")
         return loss * self.accelerator.num_processes
 
-    def _signal(self, inputs: Mapping[str, Tensor | int], moment: Moment) -> object | None:
+    def _signal(self, inputs: Batch, moment: Moment) -> object | None:
         """The teacher's signal where a term that is active now looks at it."""
         active = any(term.needs_teacher and term.weight(moment) > 0 for term in self.objective.terms)
         if not active:
@@ -150,7 +152,7 @@ class DistillTrainer(Trainer):
         assert self.teacher is not None
         return self.teacher(inputs)
 
-    def _record(self, outputs: Mapping[str, Any], moment: Moment) -> None:
+    def _record(self, outputs: Mapping[str, Any], moment: Moment, *, num_tokens: int) -> None:
         """Add a micro-batch's parts to the sums of the next log row."""
         for term in self.objective.terms:
             if term.name not in outputs["sums"]:
@@ -160,16 +162,14 @@ class DistillTrainer(Trainer):
             self.sums.add(f"weighted/{term.name}", value * self.objective.coefficient(term, moment))
         for name, pair in outputs["statistics"].items():
             self.sums.add(name, pair)
-        self.sums.add("tokens", torch.tensor(float(self._last_inputs["positions"].numel())))
+        self.sums.add("tokens", torch.tensor(float(num_tokens)))
 
     # ---- what is not finite ----------------------------------------------------------------------------------
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> float:
         """The gradient's norm; a non-finite one stops the run or empties the step instead of poisoning the weights."""
         norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
-        if (
-            math.isfinite(norm) or self.accelerator.scaler is not None
-        ):  # a loss scaler skips such steps by itself
+        if math.isfinite(norm) or self.accelerator.scaler is not None:  # a loss scaler skips such steps by itself
             return norm
         if self.on_nonfinite == "stop":
             self._stop_at_nonfinite(f"the gradient's norm is {norm} although the loss is finite")
@@ -183,7 +183,7 @@ class DistillTrainer(Trainer):
         folder = Path(self.args.output_dir)
         file = folder / f"nonfinite-batch-{self.state.global_step + 1}.safetensors"
         tensors = {
-            name: value.contiguous() for name, value in self._last_inputs.items() if torch.is_tensor(value)
+            name: value.contiguous() for name, value in (self._last_inputs or {}).items() if torch.is_tensor(value)
         }
         save_file(tensors, file)
         raise RunFailed(
@@ -237,9 +237,7 @@ class DistillTrainer(Trainer):
                 figures |= self.generate(self.model.student, limit)
             self.accelerator.wait_for_everyone()
         if limit is None and self.is_world_process_zero():
-            self.metrics.append(
-                {"kind": "eval", "stage": self.stage, "step": self.state.global_step, **figures}
-            )
+            self.metrics.append({"kind": "eval", "stage": self.stage, "step": self.state.global_step, **figures})
         prefixed = {f"eval_{name}": value for name, value in figures.items()}
         if limit is None:
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, prefixed)
@@ -254,9 +252,7 @@ class DistillTrainer(Trainer):
         totals = RunningSums()
         for batch, counted in self._evaluation_batches(limit):
             inputs = self._prepare_inputs(batch)
-            outputs = model(
-                **inputs, signal=self._signal(inputs, moment), moment=moment, extras=("label_logprobs",)
-            )
+            outputs = model(inputs, signal=self._signal(inputs, moment), moment=moment, extras=("label_logprobs",))
             self._add_to_totals(totals, outputs, inputs, share=float(counted))
         totals.complete_step()
         sums = self._over_processes(totals)
@@ -273,18 +269,14 @@ class DistillTrainer(Trainer):
     def _evaluation_batches(self, limit: int | None) -> Iterator[tuple[dict[str, Any], bool]]:
         """This process's batches; each process gets as many, so a repeated one is marked as not counted."""
         rows = (
-            self.eval_dataset
-            if limit is None
-            else self.eval_dataset.select(range(min(limit, len(self.eval_dataset))))
+            self.eval_dataset if limit is None else self.eval_dataset.select(range(min(limit, len(self.eval_dataset))))
         )
-        loader = DataLoader(
-            rows, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator
-        )
+        loader = DataLoader(rows, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
         num, rank = self.accelerator.num_processes, self.accelerator.process_index
-        batches = list(loader) if num > 1 else loader
         if num == 1:
-            yield from ((batch, True) for batch in batches)
+            yield from ((batch, True) for batch in loader)
             return
+        batches = list(loader)
         for start in range(0, len(batches), num):
             mine = start + rank
             yield batches[min(mine, len(batches) - 1)], mine < len(batches)
@@ -354,7 +346,7 @@ class DistillTrainer(Trainer):
         moment = Moment(self.state.global_step - 1, self.args.max_steps)
         for term in self.objective.terms:
             row[f"weight/{term.name}"] = term.weight(moment)
-        row["kd_temperature"] = self.objective.vocabulary_terms[0].temperature(moment)
+        row["kd_temperature"] = self.objective.kd.temperature(moment)
         return row
 
     # ---- what is saved ---------------------------------------------------------------------------------------
@@ -380,7 +372,7 @@ class DistillTrainer(Trainer):
         self._save_checkpoint(self.model_wrapped, publish=False)
 
     def _get_output_dir(self, trial: Any) -> str:
-        """The staging folder while a checkpoint is written, so that a half-written one never has a checkpoint's name."""
+        """The staging folder while a checkpoint is written, so that no half-written one bears a checkpoint's name."""
         folder = Path(self.args.output_dir)
         return str(folder / checkpoint.STAGING if self._staging else folder)
 
@@ -413,9 +405,7 @@ class DistillTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    self._checkpoint_bytes = sum(
-                        file.stat().st_size for file in staged.rglob("*") if file.is_file()
-                    )
+                    self._checkpoint_bytes = sum(file.stat().st_size for file in staged.rglob("*") if file.is_file())
                     if publish:
                         checkpoint.publish(staged, final)
                         checkpoint.rotate(folder, keep=self.keep)
@@ -437,15 +427,12 @@ class DistillTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        parts = {"student.": None, "adapters.": None}
-        if state_dict is not None:
-            parts = {
-                prefix: {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-                for prefix in parts
-            }
         unwrapped = self.accelerator.unwrap_model(self.model)
-        unwrapped.student.save_pretrained(folder, state_dict=parts["student."], max_shard_size="1000GB")
-        adapters = parts["adapters."] if state_dict is not None else unwrapped.adapters.state_dict()
+        student = adapters = None  # None: the module's own, which FSDP has cut into shards
+        if state_dict is not None:
+            student, adapters = _below(state_dict, "student."), _below(state_dict, "adapters.")
+        unwrapped.student.save_pretrained(folder, state_dict=student, max_shard_size="1000GB")
+        adapters = unwrapped.adapters.state_dict() if adapters is None else adapters
         if adapters:
             save_file({name: value.contiguous() for name, value in adapters.items()}, folder / ADAPTERS_FILE)
         self.processing_class.save_pretrained(folder)
@@ -480,13 +467,12 @@ class DistillTrainer(Trainer):
             if not finished and self._settled_rng is not None:
                 self._save_emergency_checkpoint(self._settled_rng)
 
-    def finish(self, folder: Path, num_steps: int) -> None:
+    def finish(self, folder: Path) -> None:
         """Take up a checkpoint of the last step: nothing is left to train, only its evaluation may be missing."""
         self._load_from_checkpoint(str(folder))
         self.accelerator.prepare_model(self.model, evaluation_mode=True)  # autocast as while training
         self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
         self.state.is_world_process_zero = self.accelerator.is_main_process
-        assert self.state.global_step == num_steps
         self.evaluate()
 
     def _save_emergency_checkpoint(self, settled_rng: dict) -> None:
@@ -499,3 +485,8 @@ class DistillTrainer(Trainer):
             self._save_checkpoint(self.model_wrapped)
         except RunFailed as error:
             logger.error("no emergency checkpoint: %s", error)
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The part of a state dict under a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -1,0 +1,5 @@
+"""`python -m kdkit` is the command `kdkit`, for `accelerate launch -m kdkit`."""
+
+from kdkit.cli import main
+
+main()

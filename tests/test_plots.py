@@ -1,0 +1,284 @@
+"""Figures hold the numbers they were given, and their titles say what those show."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from kdkit.errors import UserError
+from kdkit.plots import (
+    comparison_finding,
+    figure_bytes,
+    plot_alignment,
+    plot_comparison,
+    plot_evaluations,
+    plot_training,
+)
+
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+
+
+def train_row(step, stage="distill", **figures):
+    return {"kind": "train", "stage": stage, "step": step, "learning_rate": 1e-4, **figures}
+
+
+def kd_rows():
+    first = [
+        train_row(
+            step, "warm_start", loss=5.0 - step / 10, **{"part/lm": 5.0 - step / 10, "weight/lm": 1.0, "weight/kd": 0}
+        )
+        for step in (10, 20)
+    ]
+    second = [
+        train_row(step, loss=2.0, **{"part/kd": 3.0 / step, "part/lm": 30.0 / step, "weight/kd": 0.7, "weight/lm": 0.3})
+        for step in (10, 20, 30)
+    ]
+    return [*first, *second]
+
+
+def model_row(name, rouge_l=None, spread=1.0, **others):
+    if rouge_l is None:
+        return {"model": name, **others}
+    bounds = {"rouge_l_low": rouge_l - spread, "rouge_l_high": rouge_l + spread}
+    return {"model": name, "rouge_l": rouge_l, **bounds, **others}
+
+
+def title(figure):
+    return figure.get_suptitle().replace("\n", " ")
+
+
+def lines_of(axes):
+    """Label -> (x, y) of each labelled line, without the gaps."""
+    found = {}
+    for line in axes.get_lines():
+        x, y = (np.asarray(column, dtype=float) for column in line.get_data())
+        found[line.get_label()] = (x[np.isfinite(y)].tolist(), y[np.isfinite(y)].tolist())
+    return found
+
+
+def assert_draws(figure):
+    assert isinstance(figure, Figure)
+    assert figure_bytes(figure, "png").startswith(PNG_MAGIC)
+
+
+class TestPlotTraining:
+    def test_draws_total_and_parts_at_the_steps_of_the_whole_run(self):
+        figure = plot_training(kd_rows())
+        assert_draws(figure)
+        lines = lines_of(figure.axes[0])
+        assert lines["total"] == ([10, 20, 30, 40, 50], [4.0, 3.0, 2.0, 2.0, 2.0])
+        assert lines["kd"] == ([30, 40, 50], pytest.approx([0.3, 0.15, 0.1]))
+        assert lines["lm"][1] == pytest.approx([4.0, 3.0, 3.0, 1.5, 1.0])
+
+    def test_no_line_joins_two_stages(self):
+        line = plot_training(kd_rows()).axes[0].get_lines()[0]
+        assert np.flatnonzero(np.isnan(line.get_ydata())).tolist() == [2]
+
+    def test_names_the_stages_where_they_begin(self):
+        texts = {text.get_text(): text.xy[0] for text in plot_training(kd_rows()).axes[0].texts}
+        assert texts == {"warm_start": 0.0, "distill": 20.0}
+
+    def test_the_title_tells_the_parts_of_the_last_stage(self):
+        assert title(plot_training(kd_rows())) == "distill, 30 steps: kd 0.3 → 0.1, lm 3 → 1"
+
+    def test_the_title_tells_the_loss_where_one_part_is_all(self):
+        rows = [train_row(step, loss=4.0 - step / 10, **{"part/kd": 1.0, "weight/kd": 1.0}) for step in (10, 20)]
+        assert title(plot_training(rows)) == "distill, 20 steps: loss 3 → 2"
+
+    def test_a_loss_that_is_not_finite_is_the_finding(self):
+        rows = [train_row(10, loss=2.0), train_row(20, loss=math.nan), train_row(30, loss=None)]
+        figure = plot_training(rows)
+        assert_draws(figure)
+        assert title(figure) == "The loss is not finite at step 20"
+
+    def test_parts_far_apart_get_a_logarithmic_axis_and_close_ones_do_not(self):
+        assert plot_training([train_row(1, loss=100.0), train_row(2, loss=1.0)]).axes[0].get_yscale() == "log"
+        assert plot_training([train_row(1, loss=2.0), train_row(2, loss=1.0)]).axes[0].get_yscale() == "linear"
+
+    def test_one_row_shows_as_a_dot(self):
+        figure = plot_training([train_row(10, loss=1.0)])
+        assert_draws(figure)
+        assert figure.axes[0].get_lines()[0].get_marker() == "o"
+
+    def test_every_axis_is_labelled(self):
+        axes = plot_training(kd_rows()).axes
+        assert [a.get_ylabel() for a in axes] == ["loss (nats per token)", "weight", "learning\nrate"]
+        assert axes[-1].get_xlabel() == "optimizer steps"
+
+    def test_refuses_rows_without_training(self):
+        with pytest.raises(UserError, match='none of kind "train"'):
+            plot_training([{"kind": "eval", "step": 1}])
+
+
+class TestPlotEvaluations:
+    @pytest.fixture
+    def rows(self):
+        scores = {10: (12.0, 30.0), 20: (18.0, 20.0), 30: (15.0, 25.0)}
+        return [
+            {"kind": "eval", "stage": "distill", "step": step, "rouge_l": rouge_l, "perplexity": perplexity}
+            for step, (rouge_l, perplexity) in scores.items()
+        ]
+
+    def test_draws_both_metrics_and_rings_the_best(self, rows):
+        figure = plot_evaluations(rows)
+        assert_draws(figure)
+        rouge_axes, perplexity_axes = figure.axes
+        assert rouge_axes.get_lines()[0].get_ydata().tolist() == [12.0, 18.0, 15.0]
+        assert rouge_axes.get_lines()[1].get_data() == ([20.0], [18.0])
+        assert perplexity_axes.get_lines()[1].get_data() == ([20.0], [20.0])
+        assert [a.get_ylabel() for a in figure.axes] == ["ROUGE-L (%)", "perplexity"]
+
+    def test_the_title_tells_first_last_and_best(self, rows):
+        assert title(plot_evaluations(rows)) == "ROUGE-L rose from 12 to 15; best: 18 at step 20"
+
+    def test_steps_go_on_from_training_rows_of_the_stage_before(self, rows):
+        figure = plot_evaluations([train_row(100, "warm_start", loss=1.0), *rows])
+        assert figure.axes[0].get_lines()[0].get_xdata().tolist() == [110.0, 120.0, 130.0]
+
+    def test_perplexity_alone_gets_the_one_panel(self):
+        figure = plot_evaluations([{"kind": "eval", "stage": "s", "step": 5, "perplexity": 7.5}])
+        assert_draws(figure)
+        assert len(figure.axes) == 1
+        assert title(figure) == "Perplexity is 7.5 after 5 steps"
+
+    def test_an_evaluation_without_answers_leaves_no_hole(self, rows):
+        del rows[1]["rouge_l"]
+        assert plot_evaluations(rows).axes[0].get_lines()[0].get_xdata().tolist() == [10.0, 30.0]
+
+    def test_refuses_rows_without_a_figure(self):
+        with pytest.raises(UserError, match="neither rouge_l nor perplexity"):
+            plot_evaluations([{"kind": "eval", "stage": "s", "step": 5, "loss": 1.0}])
+
+
+class TestPlotComparison:
+    @pytest.fixture
+    def rows(self):
+        others = {"exact_match": 3.0, "perplexity": 9.0}
+        return [
+            model_row("teacher", 30.0, exact_match=6.0, perplexity=5.0),
+            model_row("SFT", 20.0, **others),
+            model_row("KD", 26.2, **others),
+        ]
+
+    def test_draws_each_value_with_its_interval(self, rows):
+        figure = plot_comparison(rows)
+        assert_draws(figure)
+        axes = figure.axes[0]
+        bars, dots = axes.get_lines()[::2], axes.get_lines()[1::2]
+        assert [list(bar.get_xdata()) for bar in bars] == [[29.0, 31.0], [19.0, 21.0], [25.2, 27.2]]
+        assert [dot.get_xdata()[0] for dot in dots] == [30.0, 20.0, 26.2]
+        assert [text.get_text() for text in axes.get_yticklabels()] == ["teacher", "SFT", "KD"]
+        assert [a.get_xlabel().split("\n")[0] for a in figure.axes] == ["ROUGE-L (%)", "exact match (%)", "perplexity"]
+
+    def test_the_title_tells_how_much_of_the_gap_is_closed(self, rows):
+        assert title(plot_comparison(rows)) == "KD closes 62 % of the ROUGE-L gap between SFT and the teacher"
+
+    def test_a_metric_that_nobody_has_gets_no_panel(self):
+        assert len(plot_comparison([model_row("KD", 3.0)]).axes) == 1
+
+    def test_draws_names_with_dollars_and_figures_without_bounds_or_end(self):
+        rows = [{"model": "$x$_{2", "rouge_l": 0.0, "perplexity": math.inf}, model_row("b", 1.0, perplexity=4.85e8)]
+        figure = plot_comparison(rows)
+        assert_draws(figure)
+        assert figure.axes[0].get_yticklabels()[0].get_text() == "$x$_{2"
+
+    def test_refuses_rows_without_a_metric(self):
+        with pytest.raises(UserError, match="nothing to draw"):
+            plot_comparison([{"model": "a"}])
+
+
+class TestComparisonFinding:
+    @pytest.mark.parametrize(
+        ("rows", "sentence"),
+        [
+            (
+                [model_row("student", 25.0), model_row("before", 20.0), model_row("teacher", 30.0)],
+                "The student closes 50 % of the ROUGE-L gap between its start and the teacher",
+            ),
+            (
+                [model_row("SFT", 20.0, 3.0), model_row("KD", 21.0, 3.0), model_row("teacher", 30.0)],
+                "KD closes 10 % of the ROUGE-L gap between SFT and the teacher, "
+                "but its 95 % interval overlaps that of SFT",
+            ),
+            (
+                [model_row("SFT", 20.0), model_row("KD", 31.5), model_row("teacher", 30.0)],
+                "KD is 11.5 ROUGE-L points above SFT (the teacher: 30.0)",
+            ),
+            ([model_row("SFT", 20.0), model_row("KD", 24.0)], "KD is 4.0 ROUGE-L points above SFT"),
+            (
+                [model_row("SFT", 20.0), model_row("KD", 6.0), model_row("teacher", 30.0)],
+                "KD is 14.0 ROUGE-L points below SFT",
+            ),
+            ([model_row("SFT", 20.0), model_row("KD", 20.0)], "KD equals SFT in ROUGE-L"),
+            (
+                [model_row("student", 24.0), model_row("teacher", 30.0)],
+                "The student reaches 80 % of the teacher's ROUGE-L",
+            ),
+            ([model_row("student", 24.0)], "The student reaches 24.0 ROUGE-L"),
+            ([model_row("teacher", 24.0)], "No student was measured by ROUGE-L"),
+        ],
+    )
+    def test_says_what_the_numbers_say(self, rows, sentence):
+        assert comparison_finding(rows) == sentence
+
+    def test_speaks_of_the_models_asked_for(self):
+        rows = [model_row("a", 10.0), model_row("b", 15.0), model_row("c", 12.0), model_row("T", 20.0)]
+        sentence = comparison_finding(rows, student="b", baseline="c", teacher="T")
+        assert sentence.startswith("b closes 38 % of the ROUGE-L gap between c and")
+
+
+class TestPlotAlignment:
+    def test_shows_the_matrix_with_its_words_and_the_diagonal(self):
+        matrix = np.eye(3)
+        figure = plot_alignment(matrix, ["a", "$5", "c"], ["x", "y\n", "a very long word indeed"])
+        assert_draws(figure)
+        axes = figure.axes[0]
+        assert np.array_equal(axes.images[0].get_array(), matrix)
+        assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "$5", "c"]
+        assert [text.get_text() for text in axes.get_xticklabels()] == ["x", "y\\n", "a very long w…"]
+        (path,) = axes.get_lines()
+        assert (list(path.get_xdata()), list(path.get_ydata())) == ([0, 2], [0, 2])
+
+    def test_the_title_tells_the_share_off_the_diagonal(self):
+        assert title(plot_alignment(np.eye(4), list("abcd"), list("abcd"))).startswith("0 % of the alignment")
+        matrix = np.eye(4)
+        matrix[0, 2] = matrix[0, 3] = matrix[3, 0] = 1.0  # 3 of 7
+        assert title(plot_alignment(matrix, list("abcd"), list("abcd"))).startswith("43 % of the alignment")
+
+    def test_a_slanted_path_is_not_off_the_diagonal(self):
+        matrix = np.repeat(np.eye(3), 2, axis=1)  # (3, 6)
+        assert title(plot_alignment(matrix, list("abc"), list("abcdef"))).startswith("0 % of the alignment")
+        assert title(plot_alignment(matrix.T, list("abcdef"), list("abc"))).startswith("0 % of the alignment")
+
+    @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1), (40, 35)])
+    def test_draws_any_shape_and_labels_only_few_units(self, shape):
+        n, m = shape
+        figure = plot_alignment(np.ones(shape), ["s"] * n, ["t"] * m)
+        assert_draws(figure)
+        labels = {text.get_text() for text in figure.axes[0].get_yticklabels()}
+        assert ("s" in labels) == (max(shape) <= 32)
+
+    def test_refuses_a_matrix_that_does_not_fit_the_units(self):
+        with pytest.raises(UserError, match=r"the alignment is \(2, 3\) for 3 student and 2 teacher units"):
+            plot_alignment(np.ones((2, 3)), list("abc"), list("ab"))
+
+
+class TestFigureBytes:
+    def test_the_same_figure_gives_the_same_svg(self):
+        first, second = (figure_bytes(plot_training(kd_rows())) for _ in range(2))
+        assert first == second
+        assert first.lstrip().startswith(b"<?xml")
+
+
+class TestImport:
+    def test_drawing_needs_neither_torch_nor_pyplot(self):
+        code = (
+            "import sys; import kdkit.plots as plots; assert 'matplotlib' not in sys.modules;"
+            "plots.figure_bytes(plots.plot_training([{'kind': 'train', 'stage': 's', 'step': 1, 'loss': 1.0}]));"
+            "print(sorted({'torch', 'matplotlib.pyplot', 'transformers'} & set(sys.modules)))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "[]"

@@ -1,0 +1,240 @@
+"""What a loss may know of the teacher, in its three forms."""
+
+import math
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdkit.teacher.signal import (
+    DenseSignal,
+    Head,
+    LiveSignal,
+    TeacherSignal,
+    TopKSignal,
+    at_least_float32,
+    bucket_logprobs,
+    compute_dtype,
+    tempered_logprobs,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def logits() -> Tensor:
+    """(7, 12) float64."""
+    return 3 * torch.randn(7, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.fixture
+def head() -> Head:
+    """12 ids, hidden size 5, with all that a head may have."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(12, 5, generator=generator, dtype=torch.float64)
+    bias = torch.randn(12, generator=generator, dtype=torch.float64)
+    return Head(weight, bias, scale=0.5, softcap=2.0)
+
+
+@pytest.fixture
+def hidden() -> Tensor:
+    return torch.randn(7, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def naive_logprob(logits: list[float], v: int, temperature: float) -> float:
+    normaliser = math.log(sum(math.exp(z / temperature) for z in logits))
+    return logits[v] / temperature - normaliser
+
+
+class TestHead:
+    def test_logits_are_the_formula_entry_by_entry(self, head: Head, hidden: Tensor) -> None:
+        value = head.logits(hidden)
+        for n, v in [(0, 0), (3, 7), (6, 11)]:
+            product = sum(float(w) * float(h) for w, h in zip(head.weight[v], hidden[n], strict=True))
+            scaled = 0.5 * (product + float(head.bias[v]))
+            assert value[n, v].item() == pytest.approx(2.0 * math.tanh(scaled / 2.0))
+
+    def test_vocab_size_keeps_the_first_ids(self, head: Head, hidden: Tensor) -> None:
+        cut = Head(head.weight, head.bias, scale=0.5, softcap=2.0, vocab_size=9)
+        assert cut.num_ids == 9
+        torch.testing.assert_close(cut.logits(hidden), head.logits(hidden)[:, :9])
+
+    def test_holds_the_parameters_themselves(self, hidden: Tensor) -> None:
+        weight = torch.nn.Parameter(torch.zeros(12, 5, dtype=torch.float64))
+        head = Head(weight)
+        with torch.no_grad():
+            weight.fill_(1.0)
+        torch.testing.assert_close(head.logits(hidden), hidden.sum(-1, keepdim=True).expand(7, 12))
+        with pytest.raises(FrozenInstanceError):
+            head.scale = 2.0  # type: ignore[misc]
+
+    def test_mixed_precision_promotes_instead_of_failing(self, head: Head, hidden: Tensor) -> None:
+        # A half-precision teacher against float32 hidden states once ended a run with a dtype error.
+        half = Head(head.weight.half(), head.bias.half())
+        assert half.logits(hidden.float()).dtype == torch.float32
+        assert half.logits(hidden.half()).dtype == torch.float16
+
+    @pytest.mark.parametrize("vocab_size", [0, 13])
+    def test_a_cut_beyond_the_rows_is_refused(self, head: Head, vocab_size: int) -> None:
+        with pytest.raises(ValueError, match=r"the head has 12 rows; give 1 to 12"):
+            Head(head.weight, vocab_size=vocab_size)
+
+    def test_a_softcap_of_zero_is_refused(self, head: Head) -> None:
+        with pytest.raises(ValueError, match=r"softcap=0.*above 0, or None"):
+            Head(head.weight, softcap=0.0)
+
+
+def every_signal(logits: Tensor) -> dict[str, TeacherSignal]:
+    """The same teacher in each form."""
+    identity = Head(torch.eye(logits.shape[-1], dtype=logits.dtype))
+    return {
+        "live": LiveSignal(logits, identity),
+        "dense": DenseSignal(logits),
+        "top-k": TopKSignal.from_logits(logits, 4, [1.0, 2.0]),
+    }
+
+
+@pytest.mark.parametrize("form", ["live", "dense", "top-k"])
+class TestEverySignal:
+    def test_columns_are_a_distribution(self, logits: Tensor, form: str) -> None:
+        signal = every_signal(logits)[form]
+        for temperature in (1.0, 2.0):
+            mass = signal.logprobs_at(temperature).exp().sum(-1)
+            torch.testing.assert_close(mass, torch.ones(7, dtype=torch.float64))
+
+    def test_equals_a_float64_loop(self, logits: Tensor, form: str) -> None:
+        signal = every_signal(logits)[form]
+        columns, support = signal.logprobs_at(2.0), signal.support
+        for n, row in enumerate(logits.tolist()):
+            ids = range(12) if support is None else support[n].tolist()
+            for column, v in enumerate(ids):
+                assert columns[n, column].item() == pytest.approx(naive_logprob(row, v, 2.0))
+
+    def test_rows_are_a_part_of_the_whole(self, logits: Tensor, form: str) -> None:
+        signal = every_signal(logits)[form]
+        part = signal.rows(2, 5, CPU)
+        assert (signal.num_positions, part.num_positions) == (7, 3)
+        torch.testing.assert_close(part.logprobs_at(2.0), signal.logprobs_at(2.0)[2:5])
+        if signal.support is not None:
+            assert torch.equal(part.support, signal.support[2:5])
+
+    def test_no_gradient_reaches_the_teacher(self, logits: Tensor, form: str) -> None:
+        signal = every_signal(logits.requires_grad_())[form]
+        assert not signal.logprobs_at(1.0).requires_grad
+        assert not signal.rows(0, 7, CPU).logprobs_at(1.0).requires_grad
+
+    def test_half_precision_is_normalised_in_float32(self, logits: Tensor, form: str) -> None:
+        columns = every_signal(logits.half())[form].logprobs_at(1.0)
+        assert columns.dtype == torch.float32
+        torch.testing.assert_close(columns.exp().sum(-1), torch.ones(7))
+
+    def test_zero_positions_are_fine(self, logits: Tensor, form: str) -> None:
+        assert every_signal(logits[:0])[form].logprobs_at(1.0).shape[0] == 0
+
+
+class TestTopKSignal:
+    def test_keeps_the_most_likely_and_the_mass_of_the_rest(self, logits: Tensor) -> None:
+        signal = TopKSignal.from_logits(logits, 3, [1.0])
+        p = logits.softmax(-1)
+        for n in range(7):
+            order = sorted(range(12), key=lambda v: -p[n, v].item())
+            assert signal.ids[n].tolist() == order[:3]
+            assert signal.tail[1.0][n].item() == pytest.approx(math.log(sum(p[n, v].item() for v in order[3:])))
+
+    def test_a_tail_far_below_rounding_is_kept(self) -> None:
+        # 1 − Σ in float32 would be 0 or noise here.
+        signal = TopKSignal.from_logits(torch.tensor([[50.0, 0.0, 0.0, 0.0]]), 1, [1.0])
+        assert signal.tail[1.0].item() == pytest.approx(math.log(3) - 50)
+
+    def test_every_id_kept_leaves_an_empty_tail(self, logits: Tensor) -> None:
+        signal = TopKSignal.from_logits(logits, 12, [1.0])
+        assert (signal.tail[1.0] == -math.inf).all()
+        torch.testing.assert_close(
+            signal.logprobs_at(1.0)[:, :-1], logits.log_softmax(-1).gather(-1, signal.ids), check_dtype=True
+        )
+
+    def test_a_temperature_that_was_not_cached_is_refused_by_name(self, logits: Tensor) -> None:
+        signal = TopKSignal.from_logits(logits, 3, [1.0, 2.0])
+        with pytest.raises(ValueError, match=r"temperature 1.5 .* holds \[1.0, 2.0\].*cache again"):
+            signal.logprobs_at(1.5)
+
+    def test_a_temperature_equal_up_to_rounding_is_found(self, logits: Tensor) -> None:
+        signal = TopKSignal.from_logits(logits, 3, [0.3])
+        torch.testing.assert_close(signal.logprobs_at(0.1 + 0.2), signal.logprobs_at(0.3))
+
+    def test_narrow_ids_are_widened_for_indexing(self, logits: Tensor) -> None:
+        signal = TopKSignal.from_logits(logits, 3, [1.0])
+        narrow = TopKSignal(signal.ids.int(), signal.logprobs, signal.tail)
+        assert narrow.rows(0, 7, CPU).support.dtype == torch.int64
+
+    @pytest.mark.parametrize("k", [0, 13])
+    def test_k_beyond_the_vocabulary_is_refused(self, logits: Tensor, k: int) -> None:
+        with pytest.raises(ValueError, match=rf"k={k}: give 1 to 12"):
+            TopKSignal.from_logits(logits, k, [1.0])
+
+    def test_parts_that_do_not_fit_are_refused(self, logits: Tensor) -> None:
+        whole = TopKSignal.from_logits(logits, 3, [1.0])
+        with pytest.raises(ValueError, match=r"temperatures \[1.0\] and tails at \[2.0\]"):
+            TopKSignal(whole.ids, whole.logprobs, {2.0: whole.tail[1.0]})
+        with pytest.raises(ValueError, match=r"must be \(N, K\), \(N, K\) and \(N,\)"):
+            TopKSignal(whole.ids[:, :2], whole.logprobs, whole.tail)
+        with pytest.raises(ValueError, match="at least one"):
+            TopKSignal.from_logits(logits, 3, [])
+
+
+class TestHiddenStates:
+    def test_any_signal_may_carry_them(self, logits: Tensor, head: Head, hidden: Tensor) -> None:
+        states = torch.zeros(2, 4, 5)
+        kept = TopKSignal.from_logits(logits, 3, [1.0])
+        signals: list[TeacherSignal] = [
+            LiveSignal(hidden, head, hidden_states=states),
+            DenseSignal(logits, hidden_states=states),
+            TopKSignal(kept.ids, kept.logprobs, kept.tail, hidden_states=states),
+        ]
+        assert all(signal.hidden_states is states for signal in signals)
+        assert kept.hidden_states is None
+
+
+class TestComputeDtype:
+    def test_autocast_decides_where_it_is_on(self) -> None:
+        single = torch.zeros(2, 2)
+        assert compute_dtype(single, single) == torch.float32
+        assert compute_dtype(single.half(), single) == torch.float32
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert compute_dtype(single, single) == torch.bfloat16
+
+
+class TestAtLeastFloat32:
+    @pytest.mark.parametrize(
+        ("given", "expected"),
+        [
+            (torch.float16, torch.float32),
+            (torch.bfloat16, torch.float32),
+            (torch.float32, torch.float32),
+            (torch.float64, torch.float64),
+        ],
+    )
+    def test_widens_half_precision_only(self, given: torch.dtype, expected: torch.dtype) -> None:
+        assert at_least_float32(torch.zeros(1, dtype=given)).dtype == expected
+
+
+class TestTemperedLogprobs:
+    def test_equals_a_float64_loop(self, logits: Tensor) -> None:
+        value = tempered_logprobs(logits, 0.5)
+        assert value[3, 4].item() == pytest.approx(naive_logprob(logits[3].tolist(), 4, 0.5))
+
+
+class TestBucketLogprobs:
+    def test_gradient_is_that_of_the_value(self, logits: Tensor) -> None:
+        ids = logits.topk(3).indices
+        logits.requires_grad_()
+        assert torch.autograd.gradcheck(lambda z: bucket_logprobs(z.log_softmax(-1), ids), logits)
+
+    def test_a_tail_without_mass_has_finite_gradient(self, logits: Tensor) -> None:
+        ids = logits.topk(3).indices
+        masked = torch.full_like(logits, -math.inf).scatter(-1, ids, logits.gather(-1, ids)).requires_grad_()
+        buckets = bucket_logprobs(masked.log_softmax(-1), ids)
+        buckets[:, :-1].sum().backward()
+        assert (buckets[:, -1] == -math.inf).all()
+        assert masked.grad.isfinite().all()
