@@ -27,6 +27,8 @@ _TERM_COLOURS = {"kd": BLUE, "lm": ORANGE, "dtw": GREEN}
 _OTHER_COLOURS = (RED, PURPLE, SKY)
 _LOG_SCALE_RATIO = 30.0
 """Largest over smallest value from which a loss axis is logarithmic."""
+_WIDE_SCALE_RATIO = 1000.0
+"""... and from which only powers of ten are marked on it."""
 
 METRICS = {
     "rouge_l": ("ROUGE-L (%)", True),
@@ -35,7 +37,7 @@ METRICS = {
 }
 """Name -> (axis label, whether more is better), in the order in which they are shown."""
 
-_SPOKEN = {"student": "the student", "before": "its start"}
+_SPOKEN = {"student": "the student", "after": "the student", "before": "its start"}
 """How a sentence calls the models of a run."""
 
 _MAX_LABELLED_UNITS = 32
@@ -393,7 +395,7 @@ def _panels(count: int, *, height: float, ratios: Sequence[float] | None = None)
     for axes in panels:
         axes.grid(color=FAINT, alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     return figure, list(panels)
 
 
@@ -421,7 +423,8 @@ def _choose_scale(axes: "Axes", columns: Sequence[np.ndarray]) -> None:
     if not len(values) or values.min() <= 0 or values.max() / values.min() <= _LOG_SCALE_RATIO:
         return
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    is_wide = values.max() / values.min() > _WIDE_SCALE_RATIO
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if is_wide else (1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

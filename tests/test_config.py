@@ -1,13 +1,17 @@
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
+import kdkit.config
 from kdkit.config import DistillConfig, demo_folder, dump_config, list_presets, load_config
 from kdkit.config.fields import LOSS_ARGUMENTS
-from kdkit.config.reading import stage_config
+from kdkit.config.reading import _part_in, stage_config
 from kdkit.errors import UserError
+from kdkit.schedules import Schedule
 
 BASE = {
     "teacher": {"path": "big"},
@@ -141,3 +145,25 @@ def test_losses_and_their_arguments_are_those_of_the_library():
 def test_reading_a_config_needs_no_torch():
     code = "import sys, kdkit.config; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class TestPresetsReadme:
+    text = (Path(kdkit.config.__file__).parents[1] / "presets" / "README.md").read_text(encoding="utf-8")
+
+    def test_every_field_that_a_flag_maps_to_exists(self):
+        mapped = re.findall(r"^\| `--[^|]*\| `([a-z_.]+)` \|", self.text, flags=re.MULTILINE)
+        assert len(mapped) > 35
+        known = set()
+
+        def walk(model, above=""):
+            for name, field in model.model_fields.items():
+                known.add(above + name)
+                inner = _part_in(field.annotation)
+                if inner is not None and inner is not Schedule:
+                    walk(inner, f"{above}{name}.")
+
+        walk(DistillConfig)
+        assert sorted(set(mapped) - known - {"preset"}) == []
+
+    def test_every_preset_is_listed(self):
+        assert [name for name in list_presets() if f"`{name}`" not in self.text] == []

@@ -25,6 +25,7 @@ from kdkit.losses import (
     skew_reverse_kl,
     tvd,
 )
+from kdkit.losses.head_pass import _BLOCK_ENTRIES
 from kdkit.teacher.signal import DenseSignal, Head, LiveSignal, TopKSignal
 
 N, V, H, TEACHER_H = 21, 53, 11, 7
@@ -126,7 +127,11 @@ class LargestTensor(TorchDispatchMode):
 class TestHeadPassEqualsTheDensePath:
     @EVERY
     @pytest.mark.parametrize("chunk_tokens", [1, 8, 20, 21, 256])
-    def test_for_lengths_that_do_not_divide(self, name: str, chunk_tokens: int) -> None:
+    @pytest.mark.parametrize("block_rows", [3, 1000])
+    def test_for_lengths_that_do_not_divide(
+        self, name: str, chunk_tokens: int, block_rows: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(_BLOCK_ENTRIES, "cpu", block_rows * V)
         scene = make_scene()
         term = DivergenceTerm(name, LOSSES[name])
         result = head_pass(scene.hidden, scene.head, scene.signal, [term], chunk_tokens=chunk_tokens)
@@ -503,12 +508,13 @@ class TestHalfPrecision:
         assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(total / 1e4, scene.inputs))
 
     def test_large_hidden_states_do_not_overflow_the_products(self) -> None:
-        # 256 positions that all want the same label, hidden states of 500: the sum, 128,000, is beyond fp16.
-        hidden = torch.full((256, 4), 500.0, dtype=torch.float16, requires_grad=True)
-        weight = torch.zeros(8, 4, dtype=torch.float16, requires_grad=True)
-        total = head_pass(hidden, Head(weight), None, [LabelTerm("lm", torch.zeros(256).long(), weight=1 / 256)]).total
+        # 256 positions that all want the same label, hidden states of 500: their sum is beyond fp16's 65,504.
+        hidden = torch.full((256, 4), 500.0)
+        weight = torch.zeros(8, 4, requires_grad=True)
+        with torch.autocast("cpu", dtype=torch.float16):
+            total = head_pass(hidden, Head(weight), None, [LabelTerm("lm", torch.zeros(256).long())]).total
         total.backward()
-        assert weight.grad[0].tolist() == pytest.approx([-500 * 7 / 8] * 4, rel=1e-3)
+        assert weight.grad[0].tolist() == pytest.approx([-256 * 500 * 7 / 8] * 4, rel=1e-3)
 
     def test_nan_and_infinity_are_never_replaced(self) -> None:
         scene = make_scene(torch.float16)

@@ -98,6 +98,12 @@ class TestPlotTraining:
         assert plot_training([train_row(1, loss=100.0), train_row(2, loss=1.0)]).axes[0].get_yscale() == "log"
         assert plot_training([train_row(1, loss=2.0), train_row(2, loss=1.0)]).axes[0].get_yscale() == "linear"
 
+    @pytest.mark.parametrize("ratio", [40.0, 1e4, 1e13])
+    def test_a_logarithmic_axis_is_marked_however_far_it_reaches(self, ratio):
+        axes = plot_training([train_row(1, loss=ratio), train_row(2, loss=1.0)]).axes[0]
+        low, high = axes.get_ylim()
+        assert 2 <= sum(low <= tick <= high for tick in axes.get_yticks()) <= 15
+
     def test_one_row_shows_as_a_dot(self):
         figure = plot_training([train_row(10, loss=1.0)])
         assert_draws(figure)

@@ -319,13 +319,44 @@ class TestSplits:
         assert load_rows(saved, split="b").dataset["references"][:] == [["Hi!"]]
 
     def test_several_splits_need_a_choice(self, saved):
-        assert "has the splits a, b: say which one (data.split)" in message_of(saved)
+        assert f"has the splits a, b: say which one, such as '{saved}#a'" in message_of(saved)
         assert "no split 'c', only a, b" in message_of(saved, split="c")
 
     def test_a_file_has_only_train(self, jsonl):
         path = jsonl(*ALPACA)
         assert len(load_rows(path, split="train")) == 2
         assert "has no splits" in message_of(path, split="test")
+
+    def test_a_source_may_name_its_split(self, saved):
+        assert load_rows(f"{saved}#b").dataset["references"][:] == [["Hi!"]]
+
+    @pytest.mark.parametrize(
+        ("split", "kept"),
+        [("train[:2]", "01"), ("train[2:]", "234"), ("train[1:3]", "12"), ("train[-1:]", "4"), ("train", "01234")],
+    )
+    def test_rows_of_a_split_are_counted_as_python_counts(self, jsonl, tmp_path, split, kept):
+        records = [{"prompt": "Q", "completion": str(n)} for n in range(5)]
+        file = jsonl(*records)
+        folder = tmp_path / "folder"
+        datasets.Dataset.from_list(records).save_to_disk(str(folder))
+        for place in (file, folder):
+            assert [r for [r] in load_rows(f"{place}#{split}").dataset["references"]] == list(kept)
+
+    def test_cuts_that_meet_share_no_row_and_lose_none(self, jsonl):
+        file = jsonl(*[{"prompt": "Q", "completion": str(n)} for n in range(7)])
+        parts = [load_rows(f"{file}#train{cut}").dataset["references"][:] for cut in ("[:2]", "[2:3]", "[3:]")]
+        assert [len(part) for part in parts] == [2, 1, 4]
+        assert [answer for part in parts for [answer] in part] == list("0123456")
+
+    def test_a_file_whose_name_holds_a_hash_is_that_file(self, tmp_path):
+        assert len(load_rows(write_jsonl(tmp_path / "week#2.jsonl", ALPACA))) == 2
+
+    @pytest.mark.parametrize("split", ["train[500]", "train[:5%]", "train[", ""])
+    def test_what_is_no_split_is_refused(self, jsonl, split):
+        assert "expected a name, or a name and rows such as train[:500]" in message_of(f"{jsonl(*ALPACA)}#{split}")
+
+    def test_no_row_in_the_cut(self, jsonl):
+        assert "no usable row" in message_of(f"{jsonl(*ALPACA)}#train[2:]")
 
 
 class TestHub:
@@ -340,6 +371,18 @@ class TestHub:
         rows = load_rows("some-owner/some.rows:main")
         assert calls == [(("some-owner/some.rows", "main"), {"split": None})]
         assert (rows.name, len(rows)) == ("some-owner/some.rows:main", 2)
+
+    def test_rows_of_a_hub_split(self, monkeypatch):
+        calls = []
+
+        def load_dataset(*args, **kwargs):
+            calls.append((args, kwargs))
+            return datasets.Dataset.from_list(ALPACA)
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        rows = load_rows("some-owner/some.rows#train[1:]")
+        assert calls == [(("some-owner/some.rows", None), {"split": "train"})]
+        assert rows.dataset["references"][:] == [["Hi!"]]
 
     @pytest.mark.parametrize("error", [ConnectionError("offline"), datasets.exceptions.DatasetNotFoundError("unknown")])
     def test_a_failed_load_says_that_neither_was_found(self, monkeypatch, error):

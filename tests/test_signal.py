@@ -11,6 +11,7 @@ from kdkit.teacher.signal import (
     DenseSignal,
     Head,
     LiveSignal,
+    SparseSignal,
     TeacherSignal,
     TopKSignal,
     at_least_float32,
@@ -238,3 +239,21 @@ class TestBucketLogprobs:
         buckets[:, :-1].sum().backward()
         assert (buckets[:, -1] == -math.inf).all()
         assert masked.grad.isfinite().all()
+
+
+class TestSparseSignal:
+    def test_gives_what_a_top_k_signal_of_the_same_logits_gives_at_any_temperature(self):
+        logits = torch.randn(7, 11, generator=torch.Generator().manual_seed(3))
+        sparse = SparseSignal(DenseSignal(logits), 4).rows(2, 6, logits.device)
+        kept = TopKSignal.from_logits(logits[2:6], 4, [1.0, 1.7])
+        assert torch.equal(sparse.support, kept.support)
+        for temperature in (1.0, 1.7):
+            torch.testing.assert_close(sparse.logprobs_at(temperature), kept.logprobs_at(temperature))
+
+    def test_more_ids_than_there_are_is_refused(self):
+        with pytest.raises(ValueError, match="k=12: give 1 to 11"):
+            SparseSignal(DenseSignal(torch.zeros(2, 11)), 12).rows(0, 2, torch.device("cpu"))
+
+    def test_the_ids_of_uncut_rows_are_not_known(self):
+        with pytest.raises(ValueError, match="call rows"):
+            _ = SparseSignal(DenseSignal(torch.zeros(2, 11)), 3).support

@@ -140,6 +140,19 @@ class TestWhatIsLogged:
         assert rows_of(trainer)[0]["part/lm"] == pytest.approx(expected[0].item(), rel=1e-5)
 
 
+class TestTopK:
+    def test_all_ids_kept_is_the_dense_divergence_and_few_are_less(self, pair, tmp_path):
+        """Merging the teacher's tail into one bucket can only lose divergence (data processing inequality)."""
+        parts = {}
+        for top_k in (None, 1024, 4):
+            config = tiny_config(pair, objective={"kd": {"loss": "skew_reverse_kl", "top_k": top_k}}, max_steps=1)
+            trainer = build_trainer(config, tmp_path / str(top_k))
+            trainer.train()
+            parts[top_k] = rows_of(trainer)[0]["part/kd"]
+        assert parts[1024] == pytest.approx(parts[None], rel=1e-5)
+        assert 0 < parts[4] < parts[None]
+
+
 class TestEvaluate:
     def test_counts_rows_once_whatever_the_batch_size(self, pair, tmp_path):
         """The Trainer averages batch means: 5.480, 5.441, 5.458 for batches of 1, 2, 4 on the same rows."""

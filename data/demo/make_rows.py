@@ -107,8 +107,8 @@ def passive(rng: Random) -> Row:
 def belonging(rng: Random) -> Row:
     """A list of attributes, turned into a sentence about a thing."""
     name, _, possessive = person(rng)
-    kind = rng.choice(list(words.BELONGINGS))
-    materials, uses = words.BELONGINGS[kind]
+    kind = rng.choice(list(words.THINGS))
+    materials, uses = words.THINGS[kind]
     look, material = rng.choice(words.LOOKS), pick(rng, materials)
     use, maker = pick(rng, uses), place(rng)
     notes = [
@@ -154,9 +154,10 @@ def story(rng: Random) -> Row:
     keeper = rng.choice([name for name in words.PEOPLE if name != finder])
     relation = rng.choice(words.RELATIONS[words.PEOPLE[keeper][0]])
     day = rng.choice(words.DAYS)
-    thing = rng.choice(words.FINDS)
-    full = f"{rng.choice(words.FIND_ADJECTIVES)} {thing}"
-    found, kept = rng.choice(words.FOUND_AT), rng.choice(words.KEPT_AT)
+    thing = rng.choice(list(words.THINGS))
+    full = f"{rng.choice(words.LOOKS)} {thing}"
+    found = f"{rng.choice(words.FOUND_AT)} {rng.choice(words.LANDMARKS)}"
+    kept = rng.choice(words.KEPT_AT)
     tale = (
         f"On {day} {finder} found {an(full)} {found}. {capital(pronoun)} gave it to {possessive} "
         f"{relation} {keeper}, who keeps it {kept}."
@@ -253,7 +254,7 @@ def reply(rng: Random) -> Row:
     day = rng.choice(words.DAYS)
     favour = rng.randrange(4)
     if favour == 0:
-        item = rng.choice(words.LENDABLES)
+        item = rng.choice(list(words.THINGS))
         message, gladly, cannot = (
             f"Could you lend me your {item} on {day}?",
             f"lend you my {item}",

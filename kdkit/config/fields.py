@@ -58,7 +58,7 @@ class StudentConfig(_Part):
     path: str
     """Folder or hub name of a causal language model, or of a config when `from_scratch`."""
     from_scratch: bool = False
-    """Start from random weights, seeded by `seed`, instead of the trained ones."""
+    """Start from random weights, seeded by `seed`, and with the teacher's tokenizer."""
     revision: str | None = None
     """Branch, tag or commit of a hub model; None is its main branch."""
     attention: str | None = None

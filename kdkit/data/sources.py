@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Record = dict[str, object]
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
+_SPLIT = re.compile(r"(?P<name>[\w.-]+)(\[(?P<start>-?\d+)?:(?P<stop>-?\d+)?\])?")
 _MAX_CSV_FIELD_CHARS = 2**31 - 1  # the csv module stops at 131,072, less than a long context
 _EXCERPT_CHARS = 60
 _SIGNATURES = {
@@ -50,20 +51,25 @@ def open_source(source: str | Path, split: str | None = None) -> Source:
 
     Args:
         source: a .jsonl, .json, .csv or .parquet file, a `save_to_disk` folder, or a hub name
-            ("owner/name", with ":config" where the hub asks for one).
-        split: which split of a folder or a hub name; a file has only "train".
+            ("owner/name", with ":config" where the hub asks for one). Any of them may end in "#" and a split.
+        split: which split of a folder or a hub name; a file has only "train". With "[start:stop]" only those rows
+            of it, counted as Python counts: "train[:500]", "train[500:]", "train[-100:]".
     Returns:
         Source, whose records may still raise UserError while they are read.
     Raises:
         UserError: nothing there, not what its ending says, or no such split.
     """
     path = Path(source).expanduser()
+    if split is None and "#" in str(source) and not path.exists():
+        place, _, split = str(source).rpartition("#")
+        return open_source(place, split)
+    name, rows = _read_split(split)
     if path.is_dir():
-        return Source(path.resolve().name, _records(_load_folder(path, split)))
+        return Source(path.resolve().name, _records(_load_folder(path, name), rows))
     if path.is_file():
-        return Source(path.stem, _read_file(path, split))
+        return Source(path.stem, _cut(_read_file(path, name), rows))
     if isinstance(source, str) and _is_hub_name(source):
-        return Source(source, _records(_load_from_hub(source, split)))
+        return Source(source, _records(_load_from_hub(source, name), rows))
     raise UserError(_say_missing(path))
 
 
@@ -82,6 +88,21 @@ def quiet_datasets() -> Iterator[None]:
         datasets.logging.set_verbosity(level)
         if bars_were_on:
             datasets.enable_progress_bars()
+
+
+def _read_split(split: str | None) -> tuple[str | None, slice]:
+    """A split's name, and which of its rows."""
+    if split is None:
+        return None, slice(None)
+    match = _SPLIT.fullmatch(split)
+    if match is None:
+        raise UserError(f"split '{split}': expected a name, or a name and rows such as train[:500] or train[500:]")
+    start, stop = (None if bound is None else int(bound) for bound in match.group("start", "stop"))
+    return match["name"], slice(start, stop)
+
+
+def _cut(records: Iterator[Record], rows: slice) -> Iterator[Record]:
+    yield from records if rows == slice(None) else list(records)[rows]
 
 
 def _read_file(path: Path, split: str | None) -> Iterator[Record]:
@@ -269,13 +290,16 @@ def _pick_split(splits: "datasets.DatasetDict", split: str | None, name: str) ->
     if split is None and len(splits) == 1:
         return next(iter(splits.values()))
     if split is None:
-        raise UserError(f"'{name}' has the splits {', '.join(splits)}: say which one (data.split)")
+        first = next(iter(splits))
+        raise UserError(f"'{name}' has the splits {', '.join(splits)}: say which one, such as '{name}#{first}'")
     if split not in splits:
         raise UserError(f"'{name}' has no split '{split}', only {', '.join(splits)}")
     return splits[split]
 
 
-def _records(dataset: "datasets.Dataset") -> Iterator[Record]:
+def _records(dataset: "datasets.Dataset", rows: slice) -> Iterator[Record]:
+    if rows != slice(None):
+        dataset = dataset.select(range(*rows.indices(len(dataset))))
     for batch in dataset.with_format(None).iter(batch_size=1000):
         names = list(batch)
         for values in zip(*batch.values(), strict=True):

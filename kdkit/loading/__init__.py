@@ -11,6 +11,7 @@ from kdkit.loading.heads import (
     shared_vocab_size,
 )
 from kdkit.loading.models import ModelDescription, Quantization, describe_model, load_model
+from kdkit.loading.teachers import load_teacher
 from kdkit.loading.tokenizers import load_tokenizer
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "describe_model",
     "head_of",
     "load_model",
+    "load_teacher",
     "load_tokenizer",
     "shared_vocab_size",
 ]

@@ -1,7 +1,8 @@
 """Causal language models from a checkpoint or from scratch, with nothing left to a silent default."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import logging as transformers_logging
 
 from kdkit.errors import UserError
 from kdkit.loading.heads import check_causal
@@ -161,14 +163,15 @@ def _check_family(config: PreTrainedConfig, name: str) -> None:
 
 
 def _from_checkpoint(place: Place, config: PreTrainedConfig, arguments: Mapping[str, object]) -> PreTrainedModel:
-    loaded = AutoModelForCausalLM.from_pretrained(
-        place.name,
-        config=config,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # reported below, in one line
-        **arguments,
-        **place.read_arguments(),
-    )
+    with _no_progress_bar():
+        loaded = AutoModelForCausalLM.from_pretrained(
+            place.name,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, in one line
+            **arguments,
+            **place.read_arguments(),
+        )
     model, found = cast("tuple[PreTrainedModel, dict[str, set]]", loaded)
     random_weights = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]
     if random_weights:
@@ -181,6 +184,18 @@ def _from_checkpoint(place: Place, config: PreTrainedConfig, arguments: Mapping[
         unused = _some(list(found["unexpected_keys"]))
         logger.warning("%s has weights that its architecture does not use: %s", place.name, unused)
     return model
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Without transformers' bar for every model read, which says nothing and stays on the screen."""
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()
 
 
 def _some(names: list[str]) -> str:

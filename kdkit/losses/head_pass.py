@@ -27,9 +27,11 @@ from kdkit.losses.divergences import Loss, resolve_loss
 from kdkit.losses.terms import DivergenceTerm, LabelTerm, Tally, Task, block_objective, check_task
 from kdkit.teacher.signal import Head, TeacherSignal, at_least_float32, compute_dtype
 
-# A chunk is long for the sake of the matrix products: the weight's gradient, (V, H), is read and written once
-# per chunk. The losses gain nothing from that, and hold several times the memory of the logits.
-_BLOCKS_PER_CHUNK = 8
+# Entries of the logits that the losses take at a time. A chunk is long for the sake of the matrix products, as the
+# weight's gradient, (V, H), is read and written once per chunk; the losses hold several copies of what they work on.
+# On a CPU these should fit its cache, elsewhere they should only be large against the cost of starting a kernel.
+_BLOCK_ENTRIES = {"cpu": 2**20}
+_BLOCK_ENTRIES_ELSEWHERE = 2**22
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +187,8 @@ def _walk_blocks(logits: Tensor, task: Task, rows: slice, *, tally: Tally, gradi
     teacher = task.teacher_rows(rows, logits.device)
     form = gradients.wanted and task.has_weight
     row_scale = at_least_float32(logits.new_ones(len(logits), 1))  # (n, 1)
-    size = -(-task.chunk_tokens // _BLOCKS_PER_CHUNK)
+    entries = _BLOCK_ENTRIES.get(logits.device.type, _BLOCK_ENTRIES_ELSEWHERE)
+    size = max(1, entries // logits.shape[-1])  # rows of a block
     for start in range(0, len(logits), size):
         block = slice(start, min(start + size, len(logits)))
         gradient = _block_gradient(

@@ -254,6 +254,51 @@ class TopKSignal:
         return at_least_float32(columns.detach())
 
 
+@dataclass(frozen=True, eq=False)
+class SparseSignal:
+    """A dense signal looked at through the teacher's K most likely ids, a few rows at a time and at any temperature."""
+
+    source: "DenseSignal | LiveSignal"
+    k: int
+    """Number of kept ids, 1 to V."""
+    ids: Tensor | None = None
+    """(N, K), known once rows have been cut out"""
+
+    @property
+    def hidden_states(self) -> Tensor | None:
+        """Those of the source."""
+        return self.source.hidden_states
+
+    @property
+    def num_positions(self) -> int:
+        """N."""
+        return self.source.num_positions
+
+    @property
+    def support(self) -> Tensor:
+        """(N, K) int64 kept ids."""
+        if self.ids is None:
+            raise ValueError("the kept ids of a sparse signal are known for cut-out rows alone: call rows() first")
+        return self.ids
+
+    @torch.no_grad()
+    def rows(self, start: int, stop: int, device: torch.device) -> "SparseSignal":
+        """Positions start to stop, on a device.
+
+        Raises:
+            ValueError: there are fewer than k ids.
+        """
+        dense = self.source.rows(start, stop, device)
+        if not 1 <= self.k <= dense.logits.shape[-1]:
+            raise ValueError(f"k={self.k}: give 1 to {dense.logits.shape[-1]}, the number of ids")
+        return SparseSignal(dense, self.k, dense.logits.topk(self.k, dim=-1).indices)
+
+    @torch.no_grad()
+    def logprobs_at(self, temperature: float) -> Tensor:
+        """(N, K + 1) float32 log-probabilities, the tail last; no gradient."""
+        return bucket_logprobs(self.source.logprobs_at(temperature), self.support)
+
+
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """Dtype of the head's matrix product.
 

@@ -19,7 +19,7 @@ from kdkit.data.batch import Batch
 from kdkit.losses import LOSSES, DivergenceTerm, HeadPassResult, LabelTerm, head_pass, logits_pass
 from kdkit.losses.alignment import AdaptiveBand, alignment_loss, pool_units
 from kdkit.schedules import Schedule
-from kdkit.teacher.signal import Head, TeacherSignal
+from kdkit.teacher.signal import DenseSignal, Head, LiveSignal, SparseSignal, TeacherSignal
 
 Item = Literal["tokens", "sequences"]
 
@@ -296,6 +296,8 @@ class Objective:
         """
         active = [term for term in self.terms if term.weight(moment) > 0]
         wanted = tuple(dict.fromkeys([*extras, *(name for term in active for name in term.extras)]))
+        if self.config.kd.top_k is not None and isinstance(signal, DenseSignal | LiveSignal):
+            signal = SparseSignal(signal, self.config.kd.top_k)
         passed = self._vocabulary_pass(active, student, batch, signal=signal, moment=moment, extras=wanted)
         loss, sums = passed.total, dict(passed.parts)
         statistics: dict[str, Tensor] = {}

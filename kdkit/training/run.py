@@ -4,11 +4,12 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -20,6 +21,7 @@ from kdkit.data.spans import tokenizer_relation
 from kdkit.errors import UserError
 from kdkit.evaluation import Evaluation, GenerationSettings, evaluate_model, generate_answers, score_predictions
 from kdkit.loading import (
+    TokenizerKind,
     check_finite_logits,
     check_head,
     check_tokenizer_fits,
@@ -156,6 +158,9 @@ class _Run:
     def _load_tokenizers(self) -> PreTrainedTokenizerBase:
         """The student's tokenizer, once it is proved that the teacher reads text in the same way."""
         student, teacher = self.config.student, self.config.teacher
+        self.tokenizer_kind: TokenizerKind = "same"
+        if student.from_scratch:
+            return load_tokenizer(teacher.path, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
         tokenizer = load_tokenizer(student.path, revision=student.revision, trust_remote_code=student.trust_remote_code)
         other = load_tokenizer(teacher.path, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
         relation = tokenizer_relation(tokenizer, other)
@@ -223,7 +228,7 @@ class _Run:
         )
         check_tokenizer_fits(student, self.tokenizer)
         if settings.gradient_checkpointing:
-            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            student.activation_checkpointing_enable({"use_reentrant": False})
         return student
 
     def _load_teacher(self) -> LiveTeacher:
@@ -271,7 +276,7 @@ class _Run:
     def _generate_with(self, settings: DistillConfig) -> "_ValidationAnswers":
         """What the trainer calls to have the student answer validation rows."""
         return _ValidationAnswers(
-            self.validation,
+            self.validation.dataset.select(self._encode(self.validation, settings).dataset["row_id"]),
             self.tokenizer,
             self._generation(settings),
             settings.evaluation.generate_rows,
@@ -329,18 +334,25 @@ class _Run:
 class _ValidationAnswers:
     """Lets the student answer validation rows while it trains."""
 
-    rows: Rows
+    rows: Dataset
+    """Rows whose prompts are short enough."""
     tokenizer: PreTrainedTokenizerBase
     settings: GenerationSettings
     limit: int | None
+    """Rows at each evaluation; None: all."""
     stop: StopRequest
 
     def __call__(self, student: PreTrainedModel, limit: int | None) -> Mapping[str, float]:
-        """ROUGE-L, exact match, and how long and how complete the answers are."""
-        limits = [n for n in (self.limit, limit) if n is not None]
-        rows = self.rows.dataset.select(range(min([len(self.rows), *limits])))
-        settings = replace(self.settings, max_new_tokens=2) if limit is not None else self.settings
-        answers = generate_answers(student, self.tokenizer, rows["prompt"], settings, progress=self.stop.check)
+        """ROUGE-L, exact match, and how long and how complete the answers are.
+
+        With a `limit`, for a first try, the longest prompts are answered: they show whether all fit.
+        """
+        if limit is None:
+            rows = self.rows.select(range(min(len(self.rows), self.limit or len(self.rows))))
+        else:
+            lengths = [len(prompt) for prompt in self.rows["prompt"]]
+            rows = self.rows.select(sorted(range(len(lengths)), key=lengths.__getitem__)[-min(limit, 2) :])
+        answers = generate_answers(student, self.tokenizer, rows["prompt"], self.settings, progress=self.stop.check)
         scores = score_predictions([a.text for a in answers], rows["references"], resamples=0)
         return {
             "rouge_l": scores.rouge_l.value,

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file
@@ -263,7 +264,8 @@ class DistillTrainer(Trainer):
                 figures[f"part/{term.name}"] = part
                 figures["loss"] += part * term.weight(moment) * term.scale(moment)
         figures["cross_entropy"] = sums["nll"] / max(sums["tokens"], 1.0)
-        figures["perplexity"] = math.exp(min(figures["cross_entropy"], 700.0))  # beyond 700 a float overflows
+        with np.errstate(over="ignore"):  # never capped: infinite is what it is
+            figures["perplexity"] = float(np.exp(figures["cross_entropy"]))
         return figures
 
     def _evaluation_batches(self, limit: int | None) -> Iterator[tuple[dict[str, Any], bool]]:

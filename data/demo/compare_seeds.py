@@ -1,0 +1,118 @@
+"""The table of the README: SFT against distillation at equal training steps, paired by seed.
+
+    python data/demo/compare_seeds.py OUTPUT [--seeds 5] [--steps 600] [--set FIELD=VALUE ...]
+
+Every student starts from the same random weights for a seed and sees the same rows in the same number of optimizer
+steps, warm start included. SFT is run at three learning rates; the best by mean validation ROUGE-L is the baseline.
+A run that is already in OUTPUT is not run again.
+"""
+
+import json
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+SFT_RATES = (1e-3, 3e-3, 6e-3)
+WARM_SHARE = 1 / 3
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A student to train: the presets it is made of, and what it lays over them."""
+
+    name: str
+    presets: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
+    is_warm: bool = True
+    """Whether the first third of the steps is supervised, from the labels alone."""
+
+
+VARIANTS = (
+    *(Variant(f"SFT, lr {rate:g}", ("sft",), (f"optim.learning_rate={rate}",), is_warm=False) for rate in SFT_RATES),
+    Variant("forward KL", ("fkl",)),
+    Variant("forward KL + DTW", ("fkl-dtw",)),
+    Variant("skew reverse KL", ("srkl",)),
+    Variant("skew reverse KL + DTW", ("srkl-dtw",)),
+)
+
+
+def plan(variant: Variant, *, seed: int, steps: int, overrides: tuple[str, ...]) -> tuple[dict, tuple[str, ...]]:
+    """The config of one run and the overrides on top of it."""
+    tree = {"preset": ["demo", *variant.presets], "seed": seed, "threads": 1, "optim": {"max_steps": steps}}
+    if variant.is_warm:
+        warm = round(WARM_SHARE * steps)
+        supervised = {"kd": {"weight": 0}, "lm": {"weight": 1}, "dtw": {"weight": 0}}
+        tree["stages"] = {
+            "warm_start": {"objective": supervised, "optim": {"max_steps": warm}},
+            "distill": {"optim": {"max_steps": steps - warm}},
+        }
+    return tree, (*overrides, *variant.overrides)
+
+
+def run(variant: Variant, seed: int, output: Path, steps: int, overrides: tuple[str, ...]) -> dict[str, float]:
+    """One student's figures on the test rows, with its last ROUGE-L on the validation rows."""
+    from kdkit.config import load_config
+    from kdkit.training.run import run_distillation
+
+    folder = output / f"{variant.name.replace(', ', '-').replace(' + ', '-').replace(' ', '_')}-{seed}"
+    tree, on_top = plan(variant, seed=seed, steps=steps, overrides=overrides)
+    result = run_distillation(load_config(tree, on_top), folder, resume=(folder / "config.yaml").is_file())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    validation = next(row["rouge_l"] for row in reversed(rows) if row["kind"] == "eval")
+    return {**result.evaluations["student"], "validation_rouge_l": validation}
+
+
+@click.command(help=__doc__)
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--seeds", default=5, show_default=True, help="How many, counted 10, 20, ...")
+@click.option("--steps", default=600, show_default=True, help="Optimizer steps of every student.")
+@click.option("--jobs", default=2, show_default=True, help="Runs at a time, one thread each.")
+@click.option("--only", multiple=True, help="Names of variants to run; default: all.")
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Laid over every run.")
+def main(output: Path, seeds: int, steps: int, jobs: int, only: tuple[str, ...], overrides: tuple[str, ...]) -> None:
+    """Run what is missing and print the table."""
+    chosen = [variant for variant in VARIANTS if not only or variant.name in only]
+    numbers = [10 * (index + 1) for index in range(seeds)]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        pending = {
+            (variant.name, seed): pool.submit(run, variant, seed, output, steps, overrides)
+            for seed in numbers
+            for variant in chosen
+        }
+        figures = {key: future.result() for key, future in pending.items()}
+    table = {variant.name: [figures[variant.name, seed] for seed in numbers] for variant in chosen}
+    (output / "table.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
+    show(table)
+
+
+def show(table: dict[str, list[dict[str, float]]]) -> None:
+    """Means over seeds, and the paired difference to the best SFT."""
+    from kdkit.evaluation import paired_difference
+
+    def mean(name: str, figure: str) -> float:
+        return sum(row[figure] for row in table[name]) / len(table[name])
+
+    baselines = [name for name in table if name.startswith("SFT")]
+    best = max(baselines, key=lambda name: mean(name, "validation_rouge_l"))
+    shown = Table(caption=f"{len(table[best])} seeds; difference to {best!r}, paired by seed, 95 % t interval")
+    for heading in ("student", "ROUGE-L", "exact match", "perplexity", "ROUGE-L − SFT"):
+        shown.add_column(heading)
+    for name, rows in table.items():
+        ours, theirs = ([row["rouge_l"] for row in table[key]] for key in (name, best))
+        difference = "" if name == best or len(rows) < 2 else _written(paired_difference(ours, theirs))
+        means = [f"{mean(name, figure):.2f}" for figure in ("rouge_l", "exact_match", "perplexity")]
+        shown.add_row(name, *means, difference)
+    Console(width=100).print(shown)
+
+
+def _written(interval) -> str:
+    return f"{interval.value:+.2f} ({interval.low:+.2f} to {interval.high:+.2f})"
+
+
+if __name__ == "__main__":
+    main()
