@@ -48,6 +48,9 @@ if lacking:
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *places], check=True)
     importlib.invalidate_caches()
 
+# %% [markdown]
+# What a result was made with belongs to the result:
+
 # %%
 from kdkit.runtime import environment
 
@@ -76,7 +79,7 @@ RUN = Path("runs") / f"01_dtw_distill-{PAIR}-{SIZE.replace(' ', '-')}"
 
 LONG = {"logging": {"every_steps": 100}, "checkpoint": {"every_steps": 500}}
 SIZES = {
-    "smoke": {"optim": {"max_steps": 3}, "data": {"test_rows": 6, "validation_rows": 6, "train_rows": 64}},
+    "smoke": {"optim": {"max_steps": 3}, "data": {"test_rows": 6}, "evaluation": {"max_new_tokens": 8}},
     "10 minutes": {"optim": {"max_steps": 200}, "data": {"test_rows": 150}},
     "1 hour": {"optim": {"max_steps": 2_000}, "data": {"train_rows": None}, **LONG},
     "11 hours": {"optim": {"max_steps": 24_000}, "data": {"train_rows": None}, **LONG},

@@ -2,15 +2,12 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from dense import DENSE, H, LargestTensor, N, V, assert_same_gradients, kl, make_scene
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from kdkit.losses import (
     LOSSES,
@@ -28,100 +25,7 @@ from kdkit.losses import (
 from kdkit.losses.head_pass import _BLOCK_ENTRIES
 from kdkit.teacher.signal import DenseSignal, Head, LiveSignal, TopKSignal
 
-N, V, H, TEACHER_H = 21, 53, 11, 7
 EVERY = pytest.mark.parametrize("name", list(LOSSES))
-
-
-def kl(p: Tensor, q: Tensor) -> Tensor:
-    return (p * (p.log() - q.log())).sum(-1)
-
-
-DENSE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "forward_kl": kl,
-    "reverse_kl": lambda p, q: kl(q, p),
-    "jsd": lambda p, q: 0.5 * kl(p, (p + q) / 2) + 0.5 * kl(q, (p + q) / 2),
-    "tvd": lambda p, q: 0.5 * (p - q).abs().sum(-1),
-    "skew_forward_kl": lambda p, q: kl(p, 0.1 * p + 0.9 * q),
-    "skew_reverse_kl": lambda p, q: kl(q, 0.9 * p + 0.1 * q),
-    "alpha_beta": lambda p, q: -(p**0.2 * q**0.7 - 2 / 9 * p**0.9 - 7 / 9 * q**0.9).sum(-1) / 0.14,
-}
-"""On probabilities, as the papers write them."""
-
-
-@dataclass
-class Scene:
-    """A student and a teacher at N positions."""
-
-    hidden: Tensor
-    head: Head
-    signal: LiveSignal
-    targets: Tensor
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        return [x for x in (self.hidden, self.head.weight, self.head.bias) if x is not None]
-
-    def gradients(self, total: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad(total, self.inputs))
-
-    def student_logits(self) -> Tensor:
-        """(N, V), the dense path."""
-        logits = self.hidden @ self.head.weight.T
-        if self.head.bias is not None:
-            logits = logits + self.head.bias
-        logits = logits * self.head.scale
-        if self.head.softcap is not None:
-            logits = self.head.softcap * torch.tanh(logits / self.head.softcap)
-        return logits[:, : self.head.num_ids]
-
-    def teacher_logits(self) -> Tensor:
-        return (self.signal.hidden @ self.signal.head.weight.T)[:, : self.signal.head.num_ids]
-
-    def dense(self, name: str, *, temperature: float = 1.0) -> Tensor:
-        """(N,) a divergence on the dense path."""
-        p = (self.teacher_logits() / temperature).softmax(-1)
-        return DENSE[name](p, (self.student_logits() / temperature).softmax(-1))
-
-
-def make_scene(
-    dtype: torch.dtype = torch.float64, num_positions: int = N, *, seed: int = 0, num_ids: int = V, **head: Any
-) -> Scene:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    return Scene(
-        draw(num_positions, H).requires_grad_(),
-        Head(nn.Parameter(draw(num_ids, H) / 2), nn.Parameter(draw(num_ids)), **head),
-        LiveSignal(draw(num_positions, TEACHER_H), Head(draw(num_ids, TEACHER_H) / 2)),
-        torch.randint(num_ids, (num_positions,), generator=generator),
-    )
-
-
-def assert_same_gradients(found: list[Tensor], expected: list[Tensor], *, rtol: float) -> None:
-    """Equal up to `rtol` of the expected gradient's norm."""
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.dtype == theirs.dtype
-        assert (ours.double() - theirs.double()).norm() <= rtol * theirs.double().norm()
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor that any operation makes, and how often each one runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_entries = 0
-        self.calls: dict[str, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        self.num_entries = max(self.num_entries, *sizes, 0)
-        self.calls[str(func.overloadpacket).removeprefix("aten.")] = (
-            self.calls.get(str(func.overloadpacket).removeprefix("aten."), 0) + 1
-        )
-        return result
 
 
 class TestHeadPassEqualsTheDensePath:
@@ -216,6 +120,17 @@ class TestHeadPassEqualsTheDensePath:
             return kl(scene.teacher_logits().softmax(-1), q).sum()
 
         assert_same_gradients([tied_gradient(chunked)], [tied_gradient(dense)], rtol=1e-9)
+
+    def test_when_hidden_states_and_weight_are_of_other_dtypes(self) -> None:
+        for hidden_dtype, weight_dtype in [(torch.float64, torch.float32), (torch.float32, torch.float64)]:
+            scene = make_scene()
+            scene.hidden = scene.hidden.detach().to(hidden_dtype).requires_grad_()
+            scene.head = Head(scene.head.weight.detach().to(weight_dtype).requires_grad_())
+            total = linear_divergence("tvd", scene.hidden, scene.head, scene.signal, chunk_tokens=8)
+            q = (scene.hidden.double() @ scene.head.weight.double().T).softmax(-1)
+            expected = DENSE["tvd"](scene.teacher_logits().softmax(-1), q).sum()
+            torch.testing.assert_close(total, expected)
+            assert_same_gradients(scene.gradients(total), scene.gradients(expected), rtol=1e-6)
 
     def test_when_the_total_is_scaled_afterwards(self) -> None:
         scene = make_scene()
@@ -330,72 +245,6 @@ class TestNothingToCount:
         total = head_pass(scene.hidden, scene.head, None, []).total
         assert total.item() == 0
         assert all((gradient == 0).all() for gradient in scene.gradients(total))
-
-
-class TestWeightOfZero:
-    def test_gives_the_part_and_no_gradient(self) -> None:
-        scene = make_scene()
-        terms = [DivergenceTerm("kd", reverse_kl, weight=0.0), LabelTerm("lm", scene.targets)]
-        result = head_pass(scene.hidden, scene.head, scene.signal, terms, chunk_tokens=8)
-        expected = F.cross_entropy(scene.student_logits(), scene.targets, reduction="sum")
-        torch.testing.assert_close(result.total, expected)
-        torch.testing.assert_close(result.parts["kd"], scene.dense("reverse_kl").sum().detach())
-        assert_same_gradients(scene.gradients(result.total), scene.gradients(expected), rtol=1e-9)
-
-    def test_everywhere_costs_no_matrix_product_for_gradients(self) -> None:
-        scene = make_scene()
-        with LargestTensor() as seen:
-            head_pass(scene.hidden, scene.head, scene.signal, [DivergenceTerm("kd", tvd, weight=0.0)], chunk_tokens=8)
-        num_chunks = math.ceil(N / 8)
-        assert seen.calls["addmm"] == num_chunks  # student's logits
-        assert seen.calls["mm"] == num_chunks  # teacher's
-        assert "addmm_" not in seen.calls
-
-    def test_keeps_a_value_that_is_not_finite_out_of_the_total(self) -> None:
-        scene = make_scene()
-
-        def infinite(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
-            return tvd(student_logprobs, teacher_logprobs) + math.inf
-
-        terms = [DivergenceTerm("off", infinite, weight=0.0), DivergenceTerm("on", tvd)]
-        result = head_pass(scene.hidden, scene.head, scene.signal, terms)
-        assert result.parts["off"].item() == math.inf
-        torch.testing.assert_close(result.total, scene.dense("tvd").sum())
-
-
-class TestExtras:
-    @pytest.mark.parametrize("num_kept", [None, V, 6])
-    def test_teacher_entropy_is_at_temperature_one(self, num_kept: int | None) -> None:
-        scene = make_scene()
-        p = scene.teacher_logits().softmax(-1)
-        signal: LiveSignal | TopKSignal = scene.signal
-        if num_kept is not None:
-            signal = TopKSignal.from_logits(scene.teacher_logits(), num_kept, [1.0, 2.0])
-            best = p.topk(num_kept).values
-            p = torch.cat([best, 1 - best.sum(-1, keepdim=True)], dim=-1) if num_kept < V else p
-        terms = [DivergenceTerm("kd", tvd, temperature=2.0)]
-        found = head_pass(scene.hidden, scene.head, signal, terms, chunk_tokens=8, extras=("teacher_entropy",)).extras
-        assert list(found) == ["teacher_entropy"]
-        assert found["teacher_entropy"].tolist() == pytest.approx(torch.special.entr(p).sum(-1).tolist())
-
-    def test_an_id_without_probability_adds_no_entropy(self) -> None:
-        logits = torch.tensor([[0.0, -math.inf, 0.0]])
-        result = logits_pass(torch.zeros(1, 3), DenseSignal(logits), [], extras=("teacher_entropy",))
-        assert result.extras["teacher_entropy"].item() == pytest.approx(math.log(2))
-
-    def test_label_logprobs_are_those_of_the_student(self) -> None:
-        scene = make_scene()
-        terms = [LabelTerm("lm", scene.targets, weight=0.0)]
-        result = head_pass(scene.hidden, scene.head, None, terms, chunk_tokens=8, extras=("label_logprobs",))
-        expected = -F.cross_entropy(scene.student_logits(), scene.targets, reduction="none")
-        torch.testing.assert_close(result.extras["label_logprobs"], expected.detach())
-        assert result.parts["lm"].item() == pytest.approx(-expected.sum().item())
-
-    def test_come_without_gradient(self) -> None:
-        scene = make_scene()
-        terms = [LabelTerm("lm", scene.targets)]
-        result = head_pass(scene.hidden, scene.head, scene.signal, terms, extras=("teacher_entropy", "label_logprobs"))
-        assert not any(extra.requires_grad for extra in result.extras.values())
 
 
 class TestMemory:
@@ -605,53 +454,6 @@ class TestLinearDivergence:
             linear_divergence("forwardkl", scene.hidden, scene.head, scene.signal)
 
 
-class TestRefusals:
-    def refuse(self, match: str, *terms: DivergenceTerm | LabelTerm, signal: Any = "live", **options: Any) -> None:
-        scene = make_scene()
-        with pytest.raises(ValueError, match=match):
-            head_pass(scene.hidden, scene.head, scene.signal if signal == "live" else signal, terms, **options)
-
-    def test_a_divergence_without_a_teacher(self) -> None:
-        self.refuse(r"'kd' compares with a teacher, but signal is None", DivergenceTerm("kd", tvd), signal=None)
-
-    def test_another_number_of_positions(self) -> None:
-        self.refuse(
-            r"21 positions of the student, 20", DivergenceTerm("kd", tvd), signal=DenseSignal(torch.zeros(20, V))
-        )
-
-    def test_another_vocabulary(self) -> None:
-        wider = DenseSignal(torch.zeros(N, V + 3))
-        self.refuse(r"gives 53 ids, the teacher's signal 56.*vocab_size", DivergenceTerm("kd", tvd), signal=wider)
-
-    def test_the_same_name_twice(self) -> None:
-        self.refuse("names must differ", DivergenceTerm("kd", tvd), DivergenceTerm("kd", reverse_kl))
-
-    def test_token_weights_of_another_shape(self) -> None:
-        self.refuse(r"token_weights .* \(3,\)", DivergenceTerm("kd", tvd, token_weights=torch.ones(3)))
-
-    def test_targets_of_another_shape(self) -> None:
-        self.refuse(r"targets .* \(21, 1\)", LabelTerm("lm", torch.zeros(N, 1).long()))
-
-    def test_a_loss_that_reduces(self) -> None:
-        mean = DivergenceTerm("kd", lambda student, teacher: tvd(student, teacher).mean())
-        self.refuse(r"returned shape \(\).*one value per position", mean)
-
-    def test_an_unknown_extra(self) -> None:
-        self.refuse("unknown extra 'entropy'", extras=("entropy",))
-
-    def test_label_logprobs_without_labels(self) -> None:
-        self.refuse("needs a LabelTerm", DivergenceTerm("kd", tvd), extras=("label_logprobs",))
-
-    def test_teacher_entropy_without_a_teacher(self) -> None:
-        self.refuse("needs a teacher", signal=None, extras=("teacher_entropy",))
-
-    def test_a_chunk_without_positions(self) -> None:
-        self.refuse("chunk_tokens=0", chunk_tokens=0)
-
-    def test_a_temperature_of_zero(self) -> None:
-        self.refuse(r"temperature 0.*above 0", DivergenceTerm("kd", tvd, temperature=0.0))
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestDevices:
@@ -664,3 +466,15 @@ class TestDevices:
         torch.testing.assert_close(total.cpu(), expected, rtol=1e-4, atol=0)
         found = [gradient.cpu() for gradient in torch.autograd.grad(total, inputs)]
         assert_same_gradients(found, scene.gradients(expected), rtol=1e-3)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_autocast_on_the_device_keeps_the_gradient(self, dtype: torch.dtype) -> None:
+        scene = make_scene(torch.float32)
+        expected = linear_divergence("jsd", scene.hidden, scene.head, scene.signal, chunk_tokens=8)
+        inputs = [x.detach().cuda().requires_grad_() for x in scene.inputs]
+        signal = LiveSignal(scene.signal.hidden.cuda(), Head(scene.signal.head.weight.cuda()))
+        with torch.autocast("cuda", dtype=dtype):
+            total = linear_divergence("jsd", inputs[0], Head(inputs[1], inputs[2]), signal, chunk_tokens=8)
+        torch.testing.assert_close(total.cpu(), expected, rtol=0.03, atol=0)
+        found = [gradient.cpu() for gradient in torch.autograd.grad(total, inputs)]
+        assert_same_gradients(found, scene.gradients(expected), rtol=0.03)

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "kdkit"
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("demo", "widgets"),
+    ("demo", "inspection", "notebook", "widgets"),
     (
         "training",
         "training.answers",
@@ -35,6 +35,7 @@ FLOORS = (
         "training.metrics",
         "training.model",
         "training.rollout",
+        "training.rows",
     ),
     ("memory", "teacher", "teacher.cache", "teacher.sources", "training.objective"),
     ("data", "data.batch", "loading", "losses"),
@@ -58,7 +59,7 @@ HEAVY = {"accelerate", "bitsandbytes", "datasets", "ipywidgets", "matplotlib", "
 HEAVY |= {"transformers"}
 LIGHT = ("errors", "schedules", "config", "runtime", "plots", "memory", "doctor", "cli")
 TORCH_ONLY = ("losses", "softdtw", "teacher.signal")
-PRESENTATION = {"plots", "widgets", "report"}
+PRESENTATION = {"inspection", "notebook", "plots", "widgets", "report"}
 
 
 def module_name(path: Path) -> str:

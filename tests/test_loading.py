@@ -15,8 +15,10 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from kdkit import loading
+from kdkit.config import TeacherConfig
 from kdkit.errors import UserError
 from kdkit.loading import heads, places
+from kdkit.runtime import Preflight
 
 SMALL = {
     "vocab_size": 96,
@@ -542,6 +544,35 @@ class TestSharedVocabSize:
     def test_a_head_narrower_than_the_tokenizer_is_refused_by_role(self):
         with pytest.raises(UserError, match="97 ids and the student's head knows 96"):
             loading.shared_vocab_size(tiny("Llama", vocab_size=128), tiny("GPT2"), 97)
+
+
+class TestLoadTeacher:
+    @staticmethod
+    def machine(device="cpu", capability=None):
+        seen = {"num_devices": 1, "name": "", "arch_list": (), "total_memory_bytes": 0, "problem": "", "remedy": ""}
+        return Preflight(device=device, capability=capability, ok=True, **seen)
+
+    @pytest.mark.parametrize(
+        ("machine", "dtype"),
+        [(("cpu", None), torch.float32), (("cuda", (7, 5)), torch.float16), (("cuda", (8, 0)), torch.bfloat16)],
+    )
+    def test_auto_is_what_the_machine_computes_natively(self, llama_folder, machine, dtype):
+        settings = TeacherConfig(path=str(llama_folder), device="cpu")
+        teacher = loading.load_teacher(settings, self.machine(*machine))
+        assert teacher.dtype == dtype
+        assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+    def test_a_named_dtype_and_device_are_taken(self, llama_folder):
+        settings = TeacherConfig(path=str(llama_folder), dtype="bfloat16", device="meta")
+        with pytest.raises(NotImplementedError, match="meta"):  # it tried to go there
+            loading.load_teacher(settings, self.machine(), device="cpu")
+        settings = TeacherConfig(path=str(llama_folder), dtype="bfloat16")
+        assert loading.load_teacher(settings, self.machine("cuda", (7, 5)), device="cpu").dtype == torch.bfloat16
+
+    def test_no_bar_is_drawn(self, llama_folder, capfd):
+        loading.load_teacher(TeacherConfig(path=str(llama_folder)), self.machine())
+        assert capfd.readouterr().err == ""
+        assert transformers.utils.logging.is_progress_bar_enabled()
 
 
 class TestDescribeModel:

@@ -205,6 +205,10 @@ class TestComparisonFinding:
                 "The student closes 50 % of the ROUGE-L gap between its start and the teacher",
             ),
             (
+                [model_row("before", 20.0), model_row("after", 25.0), model_row("teacher", 30.0)],
+                "The student closes 50 % of the ROUGE-L gap between its start and the teacher",
+            ),
+            (
                 [model_row("SFT", 20.0, 3.0), model_row("KD", 21.0, 3.0), model_row("teacher", 30.0)],
                 "KD closes 10 % of the ROUGE-L gap between SFT and the teacher, "
                 "but its 95 % interval overlaps that of SFT",

@@ -14,7 +14,8 @@ from kdkit.training.run import run_distillation
 
 WALL_TIME = {"seconds", "tokens_per_second"}
 STAGES = (
-    "stages={warm_start: {objective: {kd: {weight: 0}, lm: {weight: 1}, dtw: {weight: 0}}}, distill: {}}",
+    "stages={warm_start: {objective: {kd: {weight: 0}, lm: {weight: 1}, dtw: {weight: 0}}, data: {train_rows: 24}},"
+    " distill: {}}",
     "checkpoint.every_steps=2",
     "evaluation.every_steps=2",
     "logging.every_steps=2",  # off the grid of the interrupted steps
@@ -118,6 +119,12 @@ class TestRunDistillation:
         last_of_first = next(r for r in trace(folder) if r["stage"] == "warm_start" and r["kind"] == "eval")
         first_of_second = next(r for r in trace(folder) if r["stage"] == "distill" and r["kind"] == "train")
         assert first_of_second["part/lm"] < last_of_first["part/lm"] + 0.5
+
+    def test_a_stage_may_read_other_rows_and_all_are_on_record(self, uninterrupted):
+        rows = json.loads((uninterrupted[0] / "rows.json").read_text())
+        assert (rows["train"]["num_kept"], rows["distill.train"]["num_kept"]) == (24, 32)
+        assert rows["train"]["sha256"] != rows["distill.train"]["sha256"]
+        assert "distill.validation" not in rows
 
     def test_the_same_seed_gives_the_same_run_and_another_seed_another(self, pair, tmp_path):
         plain = tiny_config(pair, max_steps=2)

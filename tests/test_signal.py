@@ -1,4 +1,4 @@
-"""What a loss may know of the teacher, in its three forms."""
+"""What a loss may know of the teacher, in each of its forms."""
 
 import math
 from dataclasses import FrozenInstanceError
@@ -93,10 +93,11 @@ def every_signal(logits: Tensor) -> dict[str, TeacherSignal]:
         "live": LiveSignal(logits, identity),
         "dense": DenseSignal(logits),
         "top-k": TopKSignal.from_logits(logits, 4, [1.0, 2.0]),
+        "sparse": SparseSignal(LiveSignal(logits, identity), 4).rows(0, len(logits), CPU),
     }
 
 
-@pytest.mark.parametrize("form", ["live", "dense", "top-k"])
+@pytest.mark.parametrize("form", ["live", "dense", "top-k", "sparse"])
 class TestEverySignal:
     def test_columns_are_a_distribution(self, logits: Tensor, form: str) -> None:
         signal = every_signal(logits)[form]
@@ -242,6 +243,11 @@ class TestBucketLogprobs:
 
 
 class TestSparseSignal:
+    def test_kept_ids_are_chosen_once_for_a_chunk(self, logits: Tensor) -> None:
+        chunk = SparseSignal(DenseSignal(logits), 3).rows(0, 7, CPU)
+        block = chunk.rows(2, 4, CPU)
+        assert block.support.data_ptr() == chunk.support[2:4].data_ptr()
+
     def test_gives_what_a_top_k_signal_of_the_same_logits_gives_at_any_temperature(self):
         logits = torch.randn(7, 11, generator=torch.Generator().manual_seed(3))
         sparse = SparseSignal(DenseSignal(logits), 4).rows(2, 6, logits.device)

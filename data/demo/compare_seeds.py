@@ -1,13 +1,16 @@
 """The table of the README: SFT against distillation at equal training steps, paired by seed.
 
-    python data/demo/compare_seeds.py OUTPUT [--seeds 5] [--steps 600] [--set FIELD=VALUE ...]
+    kdkit cache demo --generate --set data.train_rows=null --output runs/answers.jsonl
+    python data/demo/compare_seeds.py runs/seeds --answers runs/answers.jsonl [--seeds 5] [--steps 400]
 
 Every student starts from the same random weights for a seed and sees the same rows in the same number of optimizer
 steps, warm start included. SFT is run at three learning rates; the best by mean validation ROUGE-L is the baseline.
+With `--answers`, further students distil on the teacher's own answers to all training prompts, labelled or not.
 A run that is already in OUTPUT is not run again.
 """
 
 import json
+import re
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -30,6 +33,8 @@ class Variant:
     overrides: tuple[str, ...] = ()
     is_warm: bool = True
     """Whether the first third of the steps is supervised, from the labels alone."""
+    on_answers: bool = False
+    """Whether it distils on what the teacher wrote."""
 
 
 VARIANTS = (
@@ -38,11 +43,13 @@ VARIANTS = (
     Variant("forward KL + DTW", ("fkl-dtw",)),
     Variant("skew reverse KL", ("srkl",)),
     Variant("skew reverse KL + DTW", ("srkl-dtw",)),
+    Variant("forward KL, teacher's answers", ("fkl",), on_answers=True),
+    Variant("forward KL + DTW, teacher's answers", ("fkl-dtw",), on_answers=True),
 )
 
 
-def plan(variant: Variant, *, seed: int, steps: int, overrides: tuple[str, ...]) -> tuple[dict, tuple[str, ...]]:
-    """The config of one run and the overrides on top of it."""
+def plan(variant: Variant, *, seed: int, steps: int, answers: Path | None) -> dict:
+    """The config of one run."""
     tree = {"preset": ["demo", *variant.presets], "seed": seed, "threads": 1, "optim": {"max_steps": steps}}
     if variant.is_warm:
         warm = round(WARM_SHARE * steps)
@@ -51,17 +58,20 @@ def plan(variant: Variant, *, seed: int, steps: int, overrides: tuple[str, ...])
             "warm_start": {"objective": supervised, "optim": {"max_steps": warm}},
             "distill": {"optim": {"max_steps": steps - warm}},
         }
-    return tree, (*overrides, *variant.overrides)
+    if variant.on_answers:
+        tree["stages"]["distill"]["data"] = {"train": str(answers), "train_rows": None, "template": "{instruction}"}
+    return tree
 
 
-def run(variant: Variant, seed: int, output: Path, steps: int, overrides: tuple[str, ...]) -> dict[str, float]:
+def run(variant: Variant, output: Path, tree: dict, overrides: tuple[str, ...]) -> dict[str, float]:
     """One student's figures on the test rows, with its last ROUGE-L on the validation rows."""
     from kdkit.config import load_config
     from kdkit.training.run import run_distillation
 
-    folder = output / f"{variant.name.replace(', ', '-').replace(' + ', '-').replace(' ', '_')}-{seed}"
-    tree, on_top = plan(variant, seed=seed, steps=steps, overrides=overrides)
-    result = run_distillation(load_config(tree, on_top), folder, resume=(folder / "config.yaml").is_file())
+    name = re.sub(r"[^a-z0-9.]+", "-", variant.name.lower())
+    folder = output / f"{name}-seed-{tree['seed']}"
+    config = load_config(tree, (*overrides, *variant.overrides))
+    result = run_distillation(config, folder, resume=(folder / "config.yaml").is_file())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     validation = next(row["rouge_l"] for row in reversed(rows) if row["kind"] == "eval")
     return {**result.evaluations["student"], "validation_rouge_l": validation}
@@ -70,17 +80,29 @@ def run(variant: Variant, seed: int, output: Path, steps: int, overrides: tuple[
 @click.command(help=__doc__)
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--seeds", default=5, show_default=True, help="How many, counted 10, 20, ...")
-@click.option("--steps", default=600, show_default=True, help="Optimizer steps of every student.")
+@click.option("--steps", default=400, show_default=True, help="Optimizer steps of every student.")
 @click.option("--jobs", default=2, show_default=True, help="Runs at a time, one thread each.")
+@click.option("--answers", type=click.Path(path_type=Path, exists=True), help="What `kdkit cache --generate` wrote.")
 @click.option("--only", multiple=True, help="Names of variants to run; default: all.")
 @click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Laid over every run.")
-def main(output: Path, seeds: int, steps: int, jobs: int, only: tuple[str, ...], overrides: tuple[str, ...]) -> None:
+def main(
+    output: Path,
+    seeds: int,
+    steps: int,
+    jobs: int,
+    answers: Path | None,
+    only: tuple[str, ...],
+    overrides: tuple[str, ...],
+) -> None:
     """Run what is missing and print the table."""
-    chosen = [variant for variant in VARIANTS if not only or variant.name in only]
+    possible = [variant for variant in VARIANTS if answers is not None or not variant.on_answers]
+    chosen = [variant for variant in possible if not only or variant.name in only]
     numbers = [10 * (index + 1) for index in range(seeds)]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         pending = {
-            (variant.name, seed): pool.submit(run, variant, seed, output, steps, overrides)
+            (variant.name, seed): pool.submit(
+                run, variant, output, plan(variant, seed=seed, steps=steps, answers=answers), overrides
+            )
             for seed in numbers
             for variant in chosen
         }

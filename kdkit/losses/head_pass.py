@@ -78,13 +78,18 @@ def head_pass(
             is not there; a temperature that the signal does not hold.
         RuntimeError: on differentiating the gradient, or a weighted term whose loss has none.
     """
+    if student_hidden.dim() != 2 or student_hidden.shape[1] != student_head.weight.shape[1]:
+        raise ValueError(
+            f"student_hidden of shape {tuple(student_hidden.shape)}: must be (N, {student_head.weight.shape[1]}), the "
+            "counted positions laid end to end and as wide as the head"
+        )
     task = Task(student_head, signal, tuple(terms), chunk_tokens, tuple(extras))
     check_task(task, len(student_hidden))
     inputs: tuple[Tensor | None, ...] = (student_hidden, student_head.weight, student_head.bias)
     if not torch.is_grad_enabled():  # a custom function is not told of no_grad
         inputs = tuple(None if tensor is None else tensor.detach() for tensor in inputs)
     total, parts, *found = _HeadPass.apply(*inputs, task)
-    return _result(task, total, Tally(parts, dict(zip(task.extra_names, found, strict=True))))
+    return _result(task, total, parts=parts, extras=dict(zip(task.extra_names, found, strict=True)))
 
 
 def logits_pass(
@@ -118,7 +123,7 @@ def logits_pass(
         teacher = task.teacher_rows(rows, logits.device)
         total = total + block_objective(at_least_float32(logits), teacher, task, rows=rows, tally=tally)
         start = rows.stop
-    return _result(task, total, tally)
+    return _result(task, total, parts=tally.parts(), extras=tally.extras)
 
 
 def linear_divergence(
@@ -161,7 +166,7 @@ class _HeadPass(torch.autograd.Function):
         head_weight = weight[:num_ids].to(dtype)  # (V', H), cast once
         head_bias = None if bias is None else bias[:num_ids].to(dtype)  # (V',)
         tally = Tally.zeros(task, num_positions, like=head_weight)
-        gradients = _Gradients.zeros((hidden, weight, bias), ctx.needs_input_grad[:3])
+        gradients = _Gradients.zeros((hidden, weight, bias), ctx.needs_input_grad[:3], dtype=tally.zero.dtype)
         for start in range(0, num_positions, task.chunk_tokens):
             rows = slice(start, min(start + task.chunk_tokens, num_positions))
             chunk = hidden[rows].to(dtype)  # (n, H)
@@ -172,8 +177,9 @@ class _HeadPass(torch.autograd.Function):
             del logits  # before the next chunk's are made
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        ctx.mark_non_differentiable(tally.parts, *tally.extras.values())
-        return _total(task, tally.parts), tally.parts, *tally.extras.values()
+        parts = tally.parts()  # (number of terms,)
+        ctx.mark_non_differentiable(parts, *tally.extras.values())
+        return _total(task, parts), parts, *tally.extras.values()
 
     @staticmethod
     @once_differentiable
@@ -232,11 +238,10 @@ class _Gradients:
     """(V,)"""
 
     @classmethod
-    def zeros(cls, inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> "_Gradients":
+    def zeros(cls, inputs: Sequence[Tensor | None], needed: Sequence[bool], *, dtype: torch.dtype) -> "_Gradients":
         def zeros_for(tensor: Tensor | None, need: bool) -> Tensor | None:
             if tensor is None or not need:
                 return None
-            dtype = torch.promote_types(tensor.dtype, torch.float32)
             return torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
         return cls(*map(zeros_for, inputs, needed))
@@ -277,6 +282,6 @@ def _total(task: Task, parts: Tensor) -> Tensor:
     return torch.stack(shares).sum() if shares else parts.new_zeros(())
 
 
-def _result(task: Task, total: Tensor, tally: Tally) -> HeadPassResult:
-    names = [term.name for term in task.terms]
-    return HeadPassResult(total, dict(zip(names, tally.parts.unbind(), strict=True)), tally.extras)
+def _result(task: Task, total: Tensor, *, parts: Tensor, extras: dict[str, Tensor]) -> HeadPassResult:
+    by_name = {term.name: part for term, part in zip(task.terms, parts.unbind(), strict=True)}
+    return HeadPassResult(total, by_name, extras)

@@ -80,15 +80,24 @@ class Task:
 class Tally:
     """What the blocks find out, detached."""
 
-    parts: Tensor
-    """(number of terms,)"""
+    sums: list[list[Tensor]]
+    """Scalars by term and block; added up at the end, as a running float32 sum would lose digits block by block."""
     extras: dict[str, Tensor]
     """(N,) by name"""
+    zero: Tensor
+    """Scalar of the dtype and device that all of it has."""
 
     @classmethod
     def zeros(cls, task: Task, num_positions: int, *, like: Tensor) -> "Tally":
-        parts = at_least_float32(like.new_zeros(len(task.terms)))
-        return cls(parts, {name: parts.new_zeros(num_positions) for name in task.extra_names})
+        zero = at_least_float32(like.new_zeros(()))
+        extras = {name: zero.new_zeros(num_positions) for name in task.extra_names}
+        return cls([[] for _ in task.terms], extras, zero)
+
+    def parts(self) -> Tensor:
+        """(number of terms,) each term's sum."""
+        if not self.sums:
+            return self.zero.new_zeros(0)
+        return torch.stack([torch.stack([self.zero, *blocks]).sum() for blocks in self.sums])
 
 
 def block_objective(logits: Tensor, teacher: TeacherSignal | None, task: Task, *, rows: slice, tally: Tally) -> Tensor:
@@ -104,7 +113,7 @@ def block_objective(logits: Tensor, teacher: TeacherSignal | None, task: Task, *
                 continue
             with torch.set_grad_enabled(torch.is_grad_enabled() and term.weight != 0):
                 part = _part(term, student_logprobs, pair, rows=rows)
-            tally.parts[index] += part.detach()
+            tally.sums[index].append(part.detach())
             if term.weight != 0:
                 objective = objective + term.weight * part
         if temperature == 1.0:

@@ -123,7 +123,7 @@ class DenseSignal:
 
     def rows(self, start: int, stop: int, device: torch.device) -> "DenseSignal":
         """Positions start to stop, on a device."""
-        return DenseSignal(self.logits[start:stop].detach().to(device, non_blocking=True))
+        return DenseSignal(_moved(self.logits[start:stop].detach(), device))
 
     def logprobs_at(self, temperature: float) -> Tensor:
         """(N, V) float32 log-probabilities at a temperature; no gradient."""
@@ -229,10 +229,9 @@ class TopKSignal:
         """Positions start to stop, on a device."""
 
         def cut(values: dict[float, Tensor]) -> dict[float, Tensor]:
-            return {t: v[start:stop].to(device, non_blocking=True) for t, v in values.items()}
+            return {t: _moved(v[start:stop], device) for t, v in values.items()}
 
-        ids = self.ids[start:stop].to(device, non_blocking=True)
-        return TopKSignal(ids, cut(self.logprobs), cut(self.tail))
+        return TopKSignal(_moved(self.ids[start:stop], device), cut(self.logprobs), cut(self.tail))
 
     def logprobs_at(self, temperature: float) -> Tensor:
         """Log-probabilities at a cached temperature; no gradient.
@@ -289,6 +288,8 @@ class SparseSignal:
             ValueError: there are fewer than k ids.
         """
         dense = self.source.rows(start, stop, device)
+        if self.ids is not None:  # a block of a chunk: its ids are known
+            return SparseSignal(dense, self.k, _moved(self.ids[start:stop], device))
         if not 1 <= self.k <= dense.logits.shape[-1]:
             raise ValueError(f"k={self.k}: give 1 to {dense.logits.shape[-1]}, the number of ids")
         return SparseSignal(dense, self.k, dense.logits.topk(self.k, dim=-1).indices)
@@ -297,6 +298,11 @@ class SparseSignal:
     def logprobs_at(self, temperature: float) -> Tensor:
         """(N, K + 1) float32 log-probabilities, the tail last; no gradient."""
         return bucket_logprobs(self.source.logprobs_at(temperature), self.support)
+
+
+def _moved(values: Tensor, device: torch.device) -> Tensor:
+    """On a device, without waiting where that is safe: what a CPU gets unawaited may be read before it is there."""
+    return values.to(device, non_blocking=device.type != "cpu")
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -15,8 +15,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from kdkit.config import DistillConfig
 from kdkit.config.reading import stage_config
-from kdkit.data.batch import DistillCollator, EncodedRows, encode_rows
-from kdkit.data.rows import Rows, load_rows
+from kdkit.data.batch import DistillCollator
+from kdkit.data.rows import Rows
 from kdkit.data.spans import tokenizer_relation
 from kdkit.errors import UserError
 from kdkit.evaluation import Evaluation, GenerationSettings, evaluate_model, generate_answers, score_predictions
@@ -33,8 +33,9 @@ from kdkit.runtime import Preflight, preflight, usable_dtype
 from kdkit.teacher.sources import LiveTeacher
 from kdkit.training import checkpoint
 from kdkit.training.flow import StopRequest
-from kdkit.training.folder import RowsUsed, RunFolder
+from kdkit.training.folder import RunFolder
 from kdkit.training.objective import Objective
+from kdkit.training.rows import RunRows
 from kdkit.training.stage import StageInputs, run_stage
 
 STAGE_SEED_STRIDE = 1000
@@ -89,7 +90,6 @@ class _Run:
     stop: StopRequest
     machine: Preflight = field(default_factory=preflight)
     _teacher: LiveTeacher | None = None
-    _encoded: dict[tuple[str, int, int, str], EncodedRows] = field(default_factory=dict)
 
     def open(self, *, resume: bool) -> None:
         """Check machine, folder, tokenizers and rows before anything is trained."""
@@ -100,11 +100,8 @@ class _Run:
             torch.set_num_threads(self.config.threads)
         self.processes = PartialState(cpu=self.machine.device == "cpu")
         self.tokenizer = self._load_tokenizers()
-        data = self.config.data
-        self.train = self._load_rows(data.train, data.train_rows)
-        self.validation = self._load_rows(data.validation, data.validation_rows)
-        self.test = self._load_rows(data.test, data.test_rows) if data.test else None
-        used = self._describe_rows()
+        self.rows = RunRows(self.tokenizer)
+        used = self.rows.describe({name: stage_config(self.config, name) for name in self.config.stages})
         if self.processes.is_main_process:
             self.folder.open(self.config, rows=used, resume=resume)
         self.processes.wait_for_everyone()
@@ -125,8 +122,8 @@ class _Run:
             student=student,
             tokenizer=self.tokenizer,
             teacher=teacher,
-            train_rows=self._encode(self.train, settings).dataset,
-            eval_rows=self._encode(self.validation, settings).dataset,
+            train_rows=self.rows.encoded("train", settings).dataset,
+            eval_rows=self.rows.encoded("validation", settings).dataset,
             collator=DistillCollator(self.tokenizer.pad_token_id),
             generate=None if settings.evaluation.generate_rows == 0 else self._generate_with(settings),
             vocab_size=vocab_size,
@@ -173,45 +170,6 @@ class _Run:
         self.tokenizer_kind = relation.kind
         return tokenizer
 
-    def _load_rows(self, source: str, limit: int | None) -> Rows:
-        data = self.config.data
-        return load_rows(source, columns=data.columns, template=data.template, limit=limit, tokenizer=self.tokenizer)
-
-    def _encode(self, rows: Rows, settings: DistillConfig) -> EncodedRows:
-        """Tokenise rows, once for all stages that ask for the same."""
-        lengths = settings.data.max_length, settings.data.max_prompt_length
-        key = (rows.sha256, *lengths, settings.objective.dtw.unit)
-        if key not in self._encoded:
-            self._encoded[key] = encode_rows(
-                rows,
-                self.tokenizer,
-                max_length=lengths[0],
-                max_prompt_length=lengths[1],
-                unit=settings.objective.dtw.unit,
-            )
-        return self._encoded[key]
-
-    def _describe_rows(self) -> dict[str, RowsUsed]:
-        """Which rows, by content, and what was left out or cut; said once, and kept in rows.json."""
-        used: dict[str, RowsUsed] = {}
-        for name, rows in {"train": self.train, "validation": self.validation, "test": self.test}.items():
-            if rows is None:
-                continue
-            encoded = self._encode(rows, self.config)
-            dropped = {**rows.report.dropped, **encoded.report.dropped, **encoded.report.truncated}
-            used[name] = {
-                "sha256": rows.sha256,
-                "num_read": rows.report.num_read,
-                "num_kept": encoded.report.num_kept,
-                "dropped": dropped,
-            }
-            reasons = "".join(f", {reason}: {count}" for reason, count in dropped.items())
-            print(
-                f"{name}: {encoded.report.num_kept} of {rows.report.num_read} rows{reasons}, sha256 {rows.sha256[:12]}",
-                file=sys.stderr,
-            )
-        return used
-
     def _load_student(self, after: Path | None) -> PreTrainedModel:
         """The student as the stage before left it, or as the config names it."""
         settings = self.config.student
@@ -244,7 +202,7 @@ class _Run:
                 attn_implementation=settings.attention,
                 trust_remote_code=settings.trust_remote_code,
             )
-            rows = self._encode(self.train, self.config).dataset
+            rows = self.rows.encoded("train", self.config).dataset
             first = DistillCollator(self.tokenizer.pad_token_id)([rows[i] for i in range(min(4, len(rows)))])
             check_finite_logits(model, first)
             self._teacher = LiveTeacher(model, dense=_needs_dense_path(model, "teacher"))
@@ -275,8 +233,10 @@ class _Run:
 
     def _generate_with(self, settings: DistillConfig) -> "_ValidationAnswers":
         """What the trainer calls to have the student answer validation rows."""
+        rows = self.rows.read("validation", settings.data)
+        kept = self.rows.encoded("validation", settings).dataset["row_id"]
         return _ValidationAnswers(
-            self.validation.dataset.select(self._encode(self.validation, settings).dataset["row_id"]),
+            rows.dataset.select(kept),
             self.tokenizer,
             self._generation(settings),
             settings.evaluation.generate_rows,
@@ -285,7 +245,7 @@ class _Run:
 
     def _measure_finals(self) -> None:
         """Answer and score the final rows with every model of the comparison; one file, written at the end."""
-        rows = self.test or self.validation
+        rows = self.rows.read("test", self.config.data)
         measured: dict[str, Evaluation] = {}
         for name, path, from_scratch in self._finalists():
             print(f"measuring {name} on {len(rows)} rows", file=sys.stderr)

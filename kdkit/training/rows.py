@@ -1,0 +1,96 @@
+"""The rows of a run: read once, tokenised once, whichever stages ask for them."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from kdkit.config import DataConfig, DistillConfig
+from kdkit.data.batch import EncodedRows, encode_rows
+from kdkit.data.rows import Rows, load_rows
+from kdkit.training.folder import RowsUsed
+
+Kind = Literal["train", "validation", "test"]
+KINDS: tuple[Kind, ...] = ("train", "validation", "test")
+
+
+@dataclass
+class RunRows:
+    """What a run reads, by kind and by the settings of the stage that asks."""
+
+    tokenizer: PreTrainedTokenizerBase
+    _read: dict[tuple[object, ...], Rows] = field(default_factory=dict)
+    _encoded: dict[tuple[object, ...], EncodedRows] = field(default_factory=dict)
+
+    def read(self, kind: Kind, data: DataConfig) -> Rows:
+        """Rows of a kind; test rows are the validation rows where none are named.
+
+        Raises:
+            UserError: as `load_rows`.
+        """
+        limits = {"train": data.train_rows, "validation": data.validation_rows, "test": data.test_rows}
+        sources = {"train": data.train, "validation": data.validation, "test": data.test}
+        source = sources[kind]
+        if source is None:
+            return self.read("validation", data)
+        key = (source, limits[kind], data.template, *sorted(data.columns.items()))
+        if key not in self._read:
+            self._read[key] = load_rows(
+                source,
+                columns=data.columns,
+                template=data.template,
+                limit=limits[kind],
+                tokenizer=self.tokenizer,
+            )
+        return self._read[key]
+
+    def encoded(self, kind: Kind, config: DistillConfig) -> EncodedRows:
+        """The rows as tokens, cut and left out as the stage's lengths ask.
+
+        Raises:
+            UserError: as `load_rows` and `encode_rows`.
+        """
+        rows, data, unit = self.read(kind, config.data), config.data, config.objective.dtw.unit
+        key = (rows.sha256, data.max_length, data.max_prompt_length, unit)
+        if key not in self._encoded:
+            self._encoded[key] = encode_rows(
+                rows,
+                self.tokenizer,
+                max_length=data.max_length,
+                max_prompt_length=data.max_prompt_length,
+                unit=unit,
+            )
+        return self._encoded[key]
+
+    def describe(self, stages: Mapping[str, DistillConfig]) -> dict[str, RowsUsed]:
+        """Read everything that the stages will ask for; says once which rows, by content, and what was left out.
+
+        Args:
+            stages: settings by stage.
+        Returns:
+            By kind, or `stage.kind` where a stage reads other rows than the first one.
+        Raises:
+            UserError: something cannot be read, or nothing of it is usable.
+        """
+        used: dict[str, RowsUsed] = {}
+        for stage, config in stages.items():
+            for kind in KINDS:
+                found = self._describe(kind, config)
+                if found != used.setdefault(kind, found):
+                    used[f"{stage}.{kind}"] = found
+        for name, rows in used.items():
+            reasons = "".join(f", {reason}: {count}" for reason, count in rows["dropped"].items())
+            kept = f"{rows['num_kept']} of {rows['num_read']} rows{reasons}"
+            print(f"{name}: {kept}, sha256 {rows['sha256'][:12]}", file=sys.stderr)
+        return used
+
+    def _describe(self, kind: Kind, config: DistillConfig) -> RowsUsed:
+        rows, encoded = self.read(kind, config.data), self.encoded(kind, config)
+        return {
+            "sha256": rows.sha256,
+            "num_read": rows.report.num_read,
+            "num_kept": encoded.report.num_kept,
+            "dropped": {**rows.report.dropped, **encoded.report.dropped, **encoded.report.truncated},
+        }

@@ -1,0 +1,151 @@
+"""A finished run looked at closely: what is shown is what training saw."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import make_pair, tiny_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kdkit.errors import UserError
+from kdkit.evaluation import GenerationSettings, generate_answers
+from kdkit.inspection import alignment_of, compare_answers, load_run_models
+from kdkit.training.run import run_distillation
+
+OBJECTIVE = {"kd": {"weight": 1.0}, "dtw": {"weight": 0.5, "band": 4}}
+ONE_ROW = ("data.train_rows=1", "optim.scheduler=constant", "optim.warmup_steps=0", "evaluation.before=true")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return make_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def run(pair, tmp_path_factory):
+    """Trained on one row in batches of one, so that a log row speaks of that row alone."""
+    config = tiny_config(pair, *ONE_ROW, objective=OBJECTIVE, batch_size=1, max_steps=2)
+    return run_distillation(config, tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="module")
+def models(run):
+    return load_run_models(run.folder)
+
+
+@pytest.fixture(scope="module")
+def trained_row(models):
+    """The training row as models read it: prompt, answer."""
+    with open(models.config.data.train, encoding="utf-8") as file:
+        row = json.loads(file.readline())
+    answer = row["output"] if isinstance(row["output"], str) else row["output"][0]
+    return f"{row['instruction']}\n{row['input']}\nAnswer:\n", answer
+
+
+def word_means(model, tokenizer, prompt, answer):
+    """Mean last hidden state of each word between spaces, and the words, by a loop over tokens."""
+    start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
+    hidden = model.model(torch.tensor([start + encoded["input_ids"]])).last_hidden_state[0, len(start) :]
+    words = answer.split()
+    members = [[] for _ in words]
+    for state, (_, end) in zip(hidden, encoded["offset_mapping"], strict=True):
+        members[len(answer[:end].split()) - 1].append(state)
+    return torch.stack([torch.stack(states).mean(0) for states in members]), words
+
+
+class TestLoadRunModels:
+    def test_before_is_where_the_run_began_and_student_where_it_ended(self, models, run, pair):
+        for name, folder in (("before", pair["student"]), ("student", run.model)):
+            saved = load_file(f"{folder}/model.safetensors")
+            held = models.students[name].state_dict()
+            assert all(torch.equal(held[key], value) for key, value in saved.items()), name
+        assert models.teacher.config.hidden_size == 24
+        assert not any(p.requires_grad for m in (models.teacher, *models.students.values()) for p in m.parameters())
+
+    def test_a_start_from_random_weights_is_made_again(self, pair, tmp_path):
+        config = tiny_config(pair, "student.from_scratch=true", max_steps=1, learning_rate=1e-9)
+        found = load_run_models(run_distillation(config, tmp_path / "run").folder)
+        before, after = (found.students[name].state_dict() for name in ("before", "student"))
+        assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
+
+    def test_no_random_draw_outside_is_disturbed(self, run):
+        torch.manual_seed(0)
+        expected = torch.rand(3)
+        torch.manual_seed(0)
+        load_run_models(run.folder)
+        assert torch.equal(torch.rand(3), expected)
+
+    def test_a_folder_without_a_finished_run_is_refused(self, tmp_path):
+        with pytest.raises(UserError, match="holds no finished run"):
+            load_run_models(tmp_path)
+
+
+class TestCompareAnswers:
+    def test_each_model_answers_the_prompt_in_the_runs_template(self, models):
+        row = compare_answers(models, "  Say hello.\n")
+        assert list(row) == ["prompt", "before", "student", "teacher"]
+        assert row["prompt"] == "Say hello."
+        settings = GenerationSettings(max_new_tokens=4)
+        for name, model in {**models.students, "teacher": models.teacher}.items():
+            (answer,) = generate_answers(model, models.tokenizer, ["Say hello.\nAnswer:\n"], settings)
+            assert row[name] == answer.text
+        assert row["teacher"] != row["before"]
+
+    @pytest.mark.parametrize("prompt", ["", " \n"])
+    def test_an_empty_prompt_is_refused(self, models, prompt):
+        with pytest.raises(UserError, match="prompt is empty"):
+            compare_answers(models, prompt)
+
+    def test_a_prompt_that_leaves_no_room_is_refused(self, models):
+        with pytest.raises(UserError, match="positions"):
+            compare_answers(models, "word " * 600)
+
+
+class TestAlignmentOf:
+    def test_before_is_what_the_first_step_logged(self, models, run, trained_row):
+        first = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[0])
+        assert (first["kind"], first["step"]) == ("train", 1)
+        found = alignment_of(models, *trained_row, student="before")
+        assert found.cost / found.diagonal_cost == pytest.approx(first["dtw/to_diagonal_ratio"], rel=1e-5)
+        assert found.off_diagonal_fraction == pytest.approx(first["dtw/off_diagonal_fraction"], rel=1e-4)
+
+    def test_the_diagonal_costs_the_mean_cosine_distance_of_equal_words(self, models, run, pair, trained_row):
+        tokenizer = AutoTokenizer.from_pretrained(pair["teacher"])
+        student, teacher = (AutoModelForCausalLM.from_pretrained(p) for p in (run.model, pair["teacher"]))
+        with torch.no_grad():
+            s, words = word_means(student, tokenizer, *trained_row)
+            t, _ = word_means(teacher, tokenizer, *trained_row)
+        projected = s @ load_file(run.model / "adapters.safetensors")["dtw_projector.weight"].T
+        expected = (1 - torch.cosine_similarity(projected, t)).mean().item()
+        found = alignment_of(models, *trained_row)
+        assert found.diagonal_cost == pytest.approx(expected, rel=1e-4)
+        assert found.student_units == found.teacher_units == words
+
+    def test_every_unit_of_both_sides_is_passed(self, models, trained_row):
+        prompt, answer = trained_row
+        found = alignment_of(models, prompt, answer, teacher_answer="A shorter answer.")
+        assert found.teacher_units == ["A", "shorter", "answer."]
+        assert found.matrix.shape == (len(answer.split()), 3)
+        assert (found.matrix.sum(0) >= 1 - 1e-4).all()
+        assert (found.matrix.sum(1) >= 1 - 1e-4).all()
+        assert found.matrix[0, 0] == pytest.approx(1, abs=1e-4)
+        assert found.matrix[-1, -1] == pytest.approx(1, abs=1e-4)
+
+    def test_the_finding_names_both_costs(self, models, trained_row):
+        found = alignment_of(models, *trained_row)
+        assert f"soft-DTW costs {found.cost:.2f} a unit, the diagonal {found.diagonal_cost:.2f}" in found.finding
+        assert np.isfinite([found.cost, found.diagonal_cost]).all()
+
+    @pytest.mark.parametrize("answer", [" ", "\n"])
+    def test_an_answer_without_words_is_refused(self, models, trained_row, answer):
+        with pytest.raises(UserError, match=r"no words to align|no row"):
+            alignment_of(models, trained_row[0], answer)
+
+    def test_a_run_without_a_dtw_term_is_refused(self, pair, tmp_path):
+        config = tiny_config(pair, objective={"lm": {"weight": 1.0}}, max_steps=1)
+        found = load_run_models(run_distillation(config, tmp_path / "run").folder)
+        with pytest.raises(UserError, match="aligned nothing"):
+            alignment_of(found, "Q\nAnswer:\n", "An answer.")
