@@ -1,10 +1,11 @@
 """A finished run looked at closely: its models beside each other on one prompt, and how soft-DTW aligns two of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ from kdkit.training.folder import CONFIG_FILE, RunFolder
 from kdkit.training.objective import PROJECTOR, Objective
 from kdkit.training.run import STAGE_SEED_STRIDE
 from kdkit.training.trainer import ADAPTERS_FILE
+
+MOST_WORDS_OF_AN_EXAMPLE = 30
+"""A picture of the alignment still has room to name that many."""
 
 StudentName = Literal["before", "student"]
 
@@ -128,6 +132,25 @@ def compare_answers(models: RunModels, prompt: str) -> dict[str, str]:
     asked = [*models.students.items(), ("teacher", models.teacher)]
     answers = {name: generate_answers(model, models.tokenizer, [written], settings)[0].text for name, model in asked}
     return {"prompt": prompt.strip(), **answers}
+
+
+def choose_example(predictions: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The row whose alignment shows most: the teacher's answer has the reference's words at other places.
+
+    Args:
+        predictions: of a run that measured its teacher; at least one.
+    Returns:
+        Of the rows with words few enough to be read, the one with the most that are shifted; the first where several
+        are as good.
+    """
+
+    def rank(row: Mapping[str, Any]) -> tuple[bool, bool, int]:
+        own, reference = (row["teacher"] or "").split(), row["references"][0].split()
+        blocks = SequenceMatcher(None, reference, own, autojunk=False).get_matching_blocks()
+        num_shifted = sum(block.size for block in blocks if block.a != block.b)
+        return bool(own), max(len(own), len(reference)) <= MOST_WORDS_OF_AN_EXAMPLE, num_shifted
+
+    return max(predictions, key=rank)
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 LABELS = {"before": "before", "student": "after", "teacher": "teacher"}
 """The models of a run, in the order in which they are shown, and what a reader calls them."""
 
+_NOT_ASKED = "–"
 _WIDTH_PIXELS = {"wide": 720, "narrow": 480}
 _CELL_STYLE = "text-align:left; vertical-align:top; white-space:pre-wrap; padding:2px 12px 2px 4px"
 
@@ -83,8 +84,12 @@ class AnswersTable:
         """Who says what."""
         references = row.get("references")
         expected = [("reference", str(references[0]))] if isinstance(references, Sequence) and references else []
-        said = [(label, "–" if row[name] is None else str(row[name])) for name, label in LABELS.items() if name in row]
-        return expected + said
+        said = [
+            (label, _NOT_ASKED if row[name] is None else str(row[name]))
+            for name, label in LABELS.items()
+            if name in row
+        ]
+        return [(who, text.strip()) for who, text in expected + said]
 
     def _repr_html_(self) -> str:
         lines = []

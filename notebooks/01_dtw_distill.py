@@ -64,9 +64,11 @@ print(", ".join(f"{name} {versions[name]}" for name in ("kdkit", "python", "torc
 # GPT-2 on Dolly and needs internet and a GPU of about 16 GB. Another pair of one tokenizer goes into
 # `CHANGES`, which takes what `kdkit distill --set` takes.
 #
-# `SIZE` names the time that the GPT-2 pair may take on one T4. The embedded pair on a CPU stays well
-# below it, and below five minutes at the smallest. Stopping a cell saves the last step; **running the
-# notebook again goes on from there**. On Kaggle, attach the output of the stopped version first.
+# `SIZE` is a budget for the GPT-2 pair on one T4, planned at about a second a step with room to
+# spare. The embedded pair on a CPU stays far below it, and below five minutes at the smallest.
+#
+# Stopping a cell saves the last step; **running the notebook again goes on from there**. On Kaggle,
+# attach the output of the stopped version first.
 
 # %% tags=["parameters"]
 import os
@@ -80,7 +82,7 @@ RUN = Path("runs") / f"01_dtw_distill-{PAIR}-{SIZE.replace(' ', '-')}"
 LONG = {"logging": {"every_steps": 100}, "checkpoint": {"every_steps": 500}}
 SIZES = {
     "smoke": {"optim": {"max_steps": 3}, "data": {"test_rows": 6}, "evaluation": {"max_new_tokens": 8}},
-    "10 minutes": {"optim": {"max_steps": 200}, "data": {"test_rows": 150}},
+    "10 minutes": {"optim": {"max_steps": 200}, "data": {"test_rows": 150, "validation_rows": 200}},
     "1 hour": {"optim": {"max_steps": 2_000}, "data": {"train_rows": None}, **LONG},
     "11 hours": {"optim": {"max_steps": 24_000}, "data": {"train_rows": None}, **LONG},
 }
@@ -200,15 +202,16 @@ for row in (logged[0], logged[-1]):
 # for unrelated ones.
 
 # %%
-from kdkit.inspection import alignment_of, load_run_models
+from kdkit.inspection import alignment_of, choose_example, load_run_models
 
 models = load_run_models(after.folder)
-example = next((row for row in after.predictions if row["teacher"] not in row["references"]), after.predictions[0])
+example = choose_example(after.predictions)
 prompt, reference = example["prompt"], example["references"][0]
-print("before:", alignment_of(models, prompt, reference, student="before").finding)
+start = alignment_of(models, prompt, reference, student="before")
 same = alignment_of(models, prompt, reference)
-print("after: ", same.finding)
-show(plot_alignment(same.matrix, same.student_units, same.teacher_units), size="narrow")
+print("before training:", start.finding)
+title = f"The same answer, after training: {same.finding}"
+show(plot_alignment(same.matrix, same.student_units, same.teacher_units, title=title), size="narrow")
 
 # %% [markdown]
 # Two readers of the same words by the same tokenizer have little to warp. Where the texts differ it
@@ -216,9 +219,10 @@ show(plot_alignment(same.matrix, same.student_units, same.teacher_units), size="
 # same prompt. Training never does this; it shows what the warping is for.
 
 # %%
-other = alignment_of(models, prompt, reference, teacher_answer=example["teacher"] or reference)
-print(other.finding)
-show(plot_alignment(other.matrix, other.student_units, other.teacher_units), size="narrow")
+own_words = (example["teacher"] or "").strip() or reference
+other = alignment_of(models, prompt, reference, teacher_answer=own_words)
+title = f"The teacher's own wording: {other.finding}"
+show(plot_alignment(other.matrix, other.student_units, other.teacher_units, title=title), size="narrow")
 
 # %% [markdown]
 # ## Answers side by side
@@ -233,7 +237,7 @@ AnswersTable(after.predictions[:6])
 # kinds of task seen above and nothing else.
 
 # %%
-PROMPT = "Put this into the future tense.\nOn Sundays Bruno hangs the wet sheets and writes the school play."
+PROMPT = 'Say no politely, because you are at work.\nMessage from Nora: "Would you come to our tea party on Friday?"'
 
 box = ask_models(models, PROMPT)
 

@@ -1,4 +1,4 @@
-"""The dense path as the papers write it, on whole (N, V) probabilities, and a small student and teacher to try it on."""
+"""The dense path as the papers write it, on whole (N, V) probabilities, and a small student and teacher for it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

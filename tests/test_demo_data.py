@@ -1,11 +1,13 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DEMO = Path(__file__).parents[1] / "data" / "demo"
 SPLITS = ("train", "validation", "test")
@@ -87,8 +89,34 @@ class TestRows:
         assert len(questions) > 5000
         assert len(set(questions)) == len(questions)
 
+    @pytest.mark.parametrize("split", SPLITS)
+    def test_every_sum_in_an_answer_is_right(self, split):
+        sums = [
+            found
+            for row in read_rows(split)
+            for text in references_of(row)
+            for found in re.findall(r"(\d+) (plus|minus) (\d+) is (\d+)", text)
+        ]
+        assert len(sums) > 100
+        for left, sign, right, result in sums:
+            change = int(right) if sign == "plus" else -int(right)
+            assert int(left) + change == int(result)
+
 
 class TestTeacher:
+    def test_knows_the_committed_rows_and_tokenizer(self, tokenizer):
+        # Weights trained on another vocabulary load without complaint; only their loss tells.
+        model = AutoModelForCausalLM.from_pretrained(DEMO / "teacher", dtype=torch.float32)
+        losses = []
+        for row in read_rows("test")[:20]:
+            parts = [part for part in (row["instruction"], row["input"], "Answer:\n") if part]
+            prompt = tokenizer("\n".join(parts))["input_ids"]
+            answer = [*tokenizer(references_of(row)[0])["input_ids"], tokenizer.eos_token_id]
+            labels = torch.tensor([[-100] * len(prompt) + answer])
+            with torch.no_grad():
+                losses.append(model(torch.tensor([prompt + answer]), labels=labels).loss.item())
+        assert sum(losses) / len(losses) < 1.0
+
     def test_folder_is_small_and_holds_no_pickle(self):
         files = [path for path in (DEMO / "teacher").rglob("*") if path.is_file()]
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in files}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import DENSE, H, LargestTensor, N, V, assert_same_gradients, kl, make_scene
+from dense import DENSE, TEACHER_H, H, LargestTensor, N, V, assert_same_gradients, kl, make_scene
 from torch import Tensor, nn
 
 from kdkit.losses import (

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdkit.errors import UserError
 from kdkit.evaluation import GenerationSettings, generate_answers
-from kdkit.inspection import alignment_of, compare_answers, load_run_models
+from kdkit.inspection import alignment_of, choose_example, compare_answers, load_run_models
 from kdkit.training.run import run_distillation
 
 OBJECTIVE = {"kd": {"weight": 1.0}, "dtw": {"weight": 0.5, "band": 4}}
@@ -102,6 +102,21 @@ class TestCompareAnswers:
     def test_a_prompt_that_leaves_no_room_is_refused(self, models):
         with pytest.raises(UserError, match="positions"):
             compare_answers(models, "word " * 600)
+
+
+class TestChooseExample:
+    def test_prefers_words_then_few_of_them_then_the_same_words_at_other_places(self):
+        def row(teacher, reference="on Monday Ada sails a boat"):
+            return {"teacher": teacher, "references": [reference]}
+
+        shifted = row("in the morning Ada sails a boat")
+        partly, same, other = row("now on Monday we ate"), row("on Monday Ada sails a boat"), row("not one word of it")
+        long, blank, left_out = row("on Monday Ada sails a boat " * 6), row(" \n"), row(None)
+        assert choose_example([left_out, blank, long, other, same, partly, shifted]) is shifted
+        assert choose_example([left_out, blank, long, other, same, partly]) is partly
+        assert choose_example([left_out, blank, long, other, same]) is other  # as good as `same`, and before it
+        assert choose_example([left_out, blank, long]) is long
+        assert choose_example([blank, left_out]) is blank
 
 
 class TestAlignmentOf:

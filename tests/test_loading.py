@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from kdkit import loading
 from kdkit.config import TeacherConfig
 from kdkit.errors import UserError
-from kdkit.loading import heads, places
+from kdkit.loading import heads, places, teachers
 from kdkit.runtime import Preflight
 
 SMALL = {
@@ -562,14 +562,20 @@ class TestLoadTeacher:
         assert teacher.dtype == dtype
         assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
-    def test_a_named_dtype_and_device_are_taken(self, llama_folder):
-        settings = TeacherConfig(path=str(llama_folder), dtype="bfloat16", device="meta")
-        with pytest.raises(NotImplementedError, match="meta"):  # it tried to go there
-            loading.load_teacher(settings, self.machine(), device="cpu")
-        settings = TeacherConfig(path=str(llama_folder), dtype="bfloat16")
-        assert loading.load_teacher(settings, self.machine("cuda", (7, 5)), device="cpu").dtype == torch.bfloat16
+    def test_what_is_named_is_taken_and_the_device_is_a_default(self, monkeypatch):
+        asked = []
+        monkeypatch.setattr(teachers, "load_model", lambda path, **arguments: asked.append(arguments))
+        named = TeacherConfig(path="p", dtype="bfloat16", device="cuda:1", quantization="nf4", revision="r")
+        for settings in (named, TeacherConfig(path="p")):
+            loading.load_teacher(settings, self.machine("cuda", (7, 5)), device="cuda:0")
+        keys = ("dtype", "device", "quantization", "revision")
+        assert [tuple(arguments[key] for key in keys) for arguments in asked] == [
+            (torch.bfloat16, "cuda:1", "nf4", "r"),
+            (torch.float16, "cuda:0", None, None),
+        ]
 
-    def test_no_bar_is_drawn(self, llama_folder, capfd):
+    def test_no_bar_is_drawn_and_those_of_others_stay(self, llama_folder, capfd, monkeypatch):
+        monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", True)
         loading.load_teacher(TeacherConfig(path=str(llama_folder)), self.machine())
         assert capfd.readouterr().err == ""
         assert transformers.utils.logging.is_progress_bar_enabled()

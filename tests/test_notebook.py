@@ -100,7 +100,7 @@ class TestShow:
 
 class TestAnswersTable:
     ROWS = (
-        {"prompt": "Add 1 < 2\nAnswer:\n", "references": ["3", "three"], "student": "<b>3</b>", "before": None},
+        {"prompt": "Add 1 < 2\nAnswer:\n", "references": ["3", "three"], "student": "\n\n<b>3</b>\n", "before": None},
         {"prompt": "Hi", "teacher": "Hello"},
     )
 

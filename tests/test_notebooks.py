@@ -1,10 +1,14 @@
 """Notebooks: thin, the same as their source, and they run from top to bottom without a front end."""
 
 import ast
+import importlib.util
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import jupytext
@@ -140,6 +144,25 @@ class TestDistillNotebook:
         assert install.outputs == []
         assert not re.search(r"torch|numpy|ipywidgets", install.source)
         assert "--no-deps" in install.source
+
+    @pytest.mark.parametrize(
+        ("attached", "places"),
+        [
+            ((), ["..", "rouge-score"]),
+            (
+                ("kdkit-0.1-py3-none-any.whl", "kdkit-0.2-py3-none-any.whl"),
+                ["kdkit-0.2-py3-none-any.whl", "rouge-score"],
+            ),
+            (("rouge_score-0.1.2-py3-none-any.whl",), ["..", "rouge_score-0.1.2-py3-none-any.whl"]),
+        ],
+    )
+    def test_what_lacks_comes_from_attached_wheels_first_and_without_what_it_needs(self, monkeypatch, attached, places):
+        commands = []
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(Path, "rglob", lambda self, pattern: [Path(n) for n in attached if fnmatch(n, pattern)])
+        monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+        exec(code_cells(DISTILL)[0], {})
+        assert commands == [[sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *places]]
 
     def test_it_shows_curves_comparison_and_two_alignments_as_pictures(self, executed):
         pictures = [o for o in outputs(executed) if "image/png" in o.get("data", {})]

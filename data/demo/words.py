@@ -1,6 +1,6 @@
 """The lexicon of the demo rows: everything that `make_rows.py` puts into its sentences.
 
-Small on purpose, and shared between the families: with some 400 words, most are one token of the
+Small on purpose, and shared between the families: with some 600 words, most are one token of the
 demo tokenizer. All places are invented (`PLACE_STARTS` + `PLACE_ENDS`), and so are the people: a
 first name here stands for nobody.
 """

@@ -166,7 +166,7 @@ class _HeadPass(torch.autograd.Function):
         head_weight = weight[:num_ids].to(dtype)  # (V', H), cast once
         head_bias = None if bias is None else bias[:num_ids].to(dtype)  # (V',)
         tally = Tally.zeros(task, num_positions, like=head_weight)
-        gradients = _Gradients.zeros((hidden, weight, bias), ctx.needs_input_grad[:3], dtype=tally.zero.dtype)
+        gradients = _Gradients.zeros((hidden, weight, bias), ctx.needs_input_grad[:3], dtype=tally.values.dtype)
         for start in range(0, num_positions, task.chunk_tokens):
             rows = slice(start, min(start + task.chunk_tokens, num_positions))
             chunk = hidden[rows].to(dtype)  # (n, H)
@@ -261,6 +261,8 @@ class _Gradients:
         if not _is_half(units.dtype):
             share.addmm_(units.T, hidden)
             return
+        # The rows' scale, 1/N and all, joins the hidden states; these are in turn brought to the dtype's range, and
+        # their own scale is multiplied back in float32: fp16 neither underflows nor overflows.
         left = hidden * row_scale  # (n, H) float32
         scale = _power_of_two(left.abs().amax())
         share.addcmul_(units.T @ (left / scale).to(units.dtype), scale)

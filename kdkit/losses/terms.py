@@ -80,28 +80,23 @@ class Task:
 class Tally:
     """What the blocks find out, detached."""
 
-    sums: list[list[Tensor]]
-    """Scalars by term and block; added up at the end, as a running float32 sum would lose digits block by block."""
+    values: Tensor
+    """(number of terms, N) token_weights · loss; added up at the end, as a running float32 sum would lose digits."""
     extras: dict[str, Tensor]
     """(N,) by name"""
-    zero: Tensor
-    """Scalar of the dtype and device that all of it has."""
 
     @classmethod
     def zeros(cls, task: Task, num_positions: int, *, like: Tensor) -> "Tally":
-        zero = at_least_float32(like.new_zeros(()))
-        extras = {name: zero.new_zeros(num_positions) for name in task.extra_names}
-        return cls([[] for _ in task.terms], extras, zero)
+        values = at_least_float32(like.new_zeros(len(task.terms), num_positions))
+        return cls(values, {name: values.new_zeros(num_positions) for name in task.extra_names})
 
     def parts(self) -> Tensor:
         """(number of terms,) each term's sum."""
-        if not self.sums:
-            return self.zero.new_zeros(0)
-        return torch.stack([torch.stack([self.zero, *blocks]).sum() for blocks in self.sums])
+        return self.values.sum(-1)
 
 
 def block_objective(logits: Tensor, teacher: TeacherSignal | None, task: Task, *, rows: slice, tally: Tally) -> Tensor:
-    """Weighted sum of the terms over a block, the r positions `rows`; adds to the tally."""
+    """Weighted sum of the terms over a block, the r positions `rows`; fills their place in the tally."""
     objective = logits.new_zeros(())
     for temperature in task.temperatures:
         student_logprobs = tempered_logprobs(logits, temperature)  # (r, V')
@@ -112,10 +107,10 @@ def block_objective(logits: Tensor, teacher: TeacherSignal | None, task: Task, *
             if term.temperature != temperature:
                 continue
             with torch.set_grad_enabled(torch.is_grad_enabled() and term.weight != 0):
-                part = _part(term, student_logprobs, pair, rows=rows)
-            tally.sums[index].append(part.detach())
+                values = _term_values(term, student_logprobs, pair, rows=rows)  # (r,)
+            tally.values[index, rows] = values.detach()
             if term.weight != 0:
-                objective = objective + term.weight * part
+                objective = objective + term.weight * values.sum()
         if temperature == 1.0:
             _fill_extras(tally.extras, task, student_logprobs.detach(), pair=pair, rows=rows)
     return objective
@@ -133,14 +128,14 @@ def _columns(student_logprobs: Tensor, teacher: TeacherSignal, temperature: floa
     return student, expected
 
 
-def _part(
+def _term_values(
     term: DivergenceTerm | LabelTerm,
     student_logprobs: Tensor,
     pair: tuple[Tensor, Tensor] | None,
     *,
     rows: slice,
 ) -> Tensor:
-    """Scalar sum of a term over a block."""
+    """token_weights · loss of a term over a block, (r,)."""
     if isinstance(term, LabelTerm):
         loss = -_label_logprobs(student_logprobs, term.targets[rows])  # (r,)
     else:
@@ -153,7 +148,7 @@ def _part(
             )
     if term.token_weights is not None:
         loss = loss * term.token_weights[rows].detach().to(loss)
-    return loss.sum()
+    return loss
 
 
 def _label_logprobs(student_logprobs: Tensor, targets: Tensor) -> Tensor:
