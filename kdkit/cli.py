@@ -153,8 +153,13 @@ def main() -> None:
         code = 2 if isinstance(error, UserError) else 1
         if debug:
             traceback.print_exc()
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        click.echo(f"error: {error}", err=True)
+        code = 1
     except click.Abort as abort:  # what click makes of a KeyboardInterrupt, and so of Interrupted
-        click.echo(f"{abort.__cause__ or 'stopped'}; continue with --resume", err=True)
+        click.echo(str(abort.__cause__) or "stopped", err=True)
         code = 128 + getattr(abort.__cause__, "signum", signal.SIGINT)
     sys.exit(code)
 

@@ -16,6 +16,7 @@ from pydantic import JsonValue
 from kdkit.config import load_config
 from kdkit.report import write_comparison_report
 from kdkit.training.flow import StopRequest
+from kdkit.training.folder import CONFIG_FILE
 from kdkit.training.run import RunResult, run_distillation
 
 NUM_STEPS = 300
@@ -75,4 +76,4 @@ def _plan(output: Path) -> dict[str, dict[str, JsonValue]]:
 def _run(name: str, tree: dict[str, JsonValue], output: Path, *, resume: bool, stop: StopRequest | None) -> RunResult:
     """One of the runs; with `resume` it goes on if it had begun."""
     folder = output / name
-    return run_distillation(load_config(tree), folder, resume=resume and folder.is_dir(), stop=stop)
+    return run_distillation(load_config(tree), folder, resume=resume and (folder / CONFIG_FILE).is_file(), stop=stop)

@@ -1,9 +1,13 @@
-"""The dense path as the papers write it, on whole (N, V) probabilities, and a small student and teacher for it."""
+"""The dense path as the papers write it, on whole (N, V) probabilities, and a small student and teacher for it.
+
+Also what tests of the losses look with: at every device, and at every operation.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,6 +16,9 @@ from torch.utils._pytree import tree_leaves
 from kdkit.teacher.signal import Head, LiveSignal
 
 N, V, H, TEACHER_H = 21, 53, 11, 7
+
+CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:

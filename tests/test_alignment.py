@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from dense import LargestTensor, on_each_device
 from scipy.spatial.distance import cdist
 from torch import Tensor
 
-from kdkit.losses.alignment import AdaptiveBand, AlignmentResult, alignment_loss, pool_units
+from kdkit.losses.alignment import AdaptiveBand, alignment_loss, pool_units
 from kdkit.softdtw import expected_alignment, pairwise_cost, soft_dtw, soft_dtw_divergence
 
 
@@ -30,17 +31,26 @@ def naive_soft_dtw(cost: list[list[float]], gamma: float) -> float:
 
 
 class TestPoolUnits:
-    def test_equals_the_mean_of_each_units_tokens(self) -> None:
+    @on_each_device
+    def test_equals_the_mean_of_each_units_tokens(self, device: str) -> None:
         hidden = states(3, 7, 4)
         ids = torch.tensor([[-1, 0, 0, 1, 2, 2, 2], [0, 1, 2, 3, -1, -1, -1], [-1, -1, 0, -1, 1, 1, -1]])
-        units, found = pool_units(hidden, ids, 5)
+        units, found = pool_units(hidden.to(device), ids.to(device), 5)
+        assert units.device.type == found.device.type == device
         assert units.shape == (3, 5, 4)
         assert found.tolist() == [3, 4, 2]
         for b in range(3):
             for u in range(5):
                 tokens = [hidden[b, t] for t in range(7) if ids[b, t] == u]
                 mean = sum(tokens) / len(tokens) if tokens else torch.zeros(4, dtype=torch.float64)
-                torch.testing.assert_close(units[b, u], mean)
+                torch.testing.assert_close(units[b, u].cpu(), mean)
+
+    def test_waits_for_the_device_once_at_most(self) -> None:
+        # The least id, the greatest and the size of a histogram were each fetched from the device.
+        with LargestTensor() as seen:
+            pool_units(states(3, 7, 4), torch.zeros(3, 7, dtype=torch.int64), 5)
+        waits = ("_local_scalar_dense", "bincount", "nonzero")
+        assert sum(seen.calls.get(name, 0) for name in waits) <= 1
 
     def test_the_middle_of_a_word_split_by_a_token_outside_is_still_pooled(self) -> None:
         units, _ = pool_units(torch.tensor([[[1.0], [9.0], [3.0]]]), torch.tensor([[0, -1, 0]]), 1)
@@ -87,23 +97,25 @@ class TestPoolUnits:
 
 
 class TestAlignmentLoss:
+    @on_each_device
     @pytest.mark.parametrize("divergence", [False, True])
     @pytest.mark.parametrize("metric", ["cosine", "sqeuclidean"])
-    def test_equals_the_naive_loop_on_weighted_costs(self, metric: str, divergence: bool) -> None:
+    def test_equals_the_naive_loop_on_weighted_costs(self, metric: str, divergence: bool, device: str) -> None:
         x, y = states(2, 5, 3, seed=1), states(2, 6, 3, seed=2)
         n, m = [4, 5], [6, 3]
         a, b = states(2, 5, seed=3).abs(), states(2, 6, seed=4).abs()
         found = alignment_loss(
-            x,
-            y,
-            lengths(*n),
-            lengths(*m),
+            x.to(device),
+            y.to(device),
+            lengths(*n).to(device),
+            lengths(*m).to(device),
             gamma=0.3,
             metric=metric,
             divergence=divergence,
-            student_weights=a,
-            teacher_weights=b,
+            student_weights=a.to(device),
+            teacher_weights=b.to(device),
         )
+        assert found.per_sample.device.type == device
         for k in range(2):
             sides = []
             for vectors, weights, size in ((x, a, n[k]), (y, b, m[k])):
@@ -191,7 +203,7 @@ class TestAlignmentLoss:
     def test_an_empty_side_is_zero_without_gradient_and_not_counted(self) -> None:
         x, y = states(3, 4, 3, seed=1).requires_grad_(), states(3, 4, 3, seed=2)
         found = alignment_loss(x, y, lengths(0, 4, 4), lengths(4, 0, 4), gamma=0.3, adaptive_band=AdaptiveBand())
-        found.mean().backward()
+        found.per_sample.sum().backward()
         assert found.counted.tolist() == [False, False, True]
         for value in (found.per_sample, found.expected, found.diagonal, found.off_diagonal_fraction):
             assert value[:2].tolist() == [0.0, 0.0]
@@ -319,19 +331,6 @@ class TestAgainstDiagonal:
         assert found.per_sample.requires_grad
         for value in (found.expected, found.diagonal, found.off_diagonal_fraction):
             assert not value.requires_grad
-
-
-class TestAlignmentResult:
-    def test_mean_is_over_counted_samples_only(self) -> None:
-        x, y = states(3, 4, 3, seed=1), states(3, 4, 3, seed=2)
-        found = alignment_loss(x, y, lengths(4, 0, 4), None, gamma=0.3)
-        torch.testing.assert_close(found.mean(), found.per_sample[[0, 2]].mean())
-
-    def test_mean_of_nothing_is_an_error(self) -> None:
-        zeros = torch.zeros(2)
-        result = AlignmentResult(zeros, torch.tensor([False, False]), zeros, zeros, zeros)
-        with pytest.raises(ValueError, match="nothing to align"):
-            result.mean()
 
 
 class TestAdaptiveBand:

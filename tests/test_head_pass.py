@@ -195,6 +195,31 @@ class TestSignals:
         live = linear_divergence("jsd", scene.hidden, scene.head, scene.signal, chunk_tokens=8)
         torch.testing.assert_close(dense, live)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_dense_equals_live_under_the_students_autocast(self, dtype: torch.dtype) -> None:
+        # The teacher's head ran in the student's autocast, so that a live teacher was coarser than its own logits.
+        scene = make_scene(torch.float32)
+        logits = DenseSignal(scene.teacher_logits())
+        with torch.autocast("cpu", dtype=dtype):
+            dense = linear_divergence("forward_kl", scene.hidden, scene.head, logits, chunk_tokens=8)
+            live = linear_divergence("forward_kl", scene.hidden, scene.head, scene.signal, chunk_tokens=8)
+        torch.testing.assert_close(live, dense, rtol=1e-6, atol=0)
+
+    def test_the_teacher_is_not_asked_where_nothing_looks_at_it(self) -> None:
+        class Silent(LiveSignal):
+            def rows(self, start: int, stop: int, device: torch.device) -> DenseSignal:
+                raise AssertionError("asked")
+
+        scene = make_scene()
+        signal = Silent(scene.signal.hidden, scene.signal.head)
+        terms, extras = [LabelTerm("lm", scene.targets)], ("label_logprobs",)
+        expected = head_pass(scene.hidden, scene.head, None, terms, extras=extras)
+        found = head_pass(scene.hidden, scene.head, signal, terms, extras=extras)
+        assert torch.equal(found.total, expected.total)
+        assert torch.equal(logits_pass(scene.student_logits(), signal, terms).parts["lm"], expected.parts["lm"])
+        with pytest.raises(AssertionError, match="asked"):
+            head_pass(scene.hidden, scene.head, signal, [], extras=("teacher_entropy",))
+
     def test_the_teacher_is_asked_once_for_each_chunk(self) -> None:
         scene = make_scene()
         asked: list[int] = []
@@ -240,11 +265,23 @@ class TestNothingToCount:
         assert total.item() == 0
         assert all((gradient == 0).all() for gradient in scene.gradients(total))
 
-    def test_no_terms_at_all(self) -> None:
-        scene = make_scene()
-        total = head_pass(scene.hidden, scene.head, None, []).total
-        assert total.item() == 0
-        assert all((gradient == 0).all() for gradient in scene.gradients(total))
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+    def test_no_terms_at_all_give_zero_without_a_walk_over_the_chunks(self, dtype: torch.dtype) -> None:
+        scene = make_scene(dtype)
+        with torch.no_grad():
+            scene.hidden[3] = math.nan
+        student_logits = scene.student_logits()
+        with LargestTensor() as seen:
+            result = head_pass(scene.hidden, scene.head, scene.signal, [])
+            from_logits = logits_pass(student_logits, scene.signal, [])
+        assert seen.num_entries == 3  # the zeros of three inputs
+        assert result.parts == result.extras == from_logits.parts == from_logits.extras == {}
+        assert result.total.item() == from_logits.total.item() == 0
+        assert result.total.dtype == from_logits.total.dtype == torch.promote_types(dtype, torch.float32)
+        for gradient, x in zip(scene.gradients(result.total), scene.inputs, strict=True):
+            assert (gradient.shape, gradient.dtype) == (x.shape, dtype)
+            assert (gradient == 0).all()
+        assert (torch.autograd.grad(from_logits.total, student_logits)[0] == 0).all()
 
 
 class TestMemory:

@@ -5,6 +5,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
+from dense import LargestTensor, on_each_device
 from torch import Tensor
 
 from kdkit.teacher.signal import (
@@ -93,7 +94,7 @@ def every_signal(logits: Tensor) -> dict[str, TeacherSignal]:
         "live": LiveSignal(logits, identity),
         "dense": DenseSignal(logits),
         "top-k": TopKSignal.from_logits(logits, 4, [1.0, 2.0]),
-        "sparse": SparseSignal(LiveSignal(logits, identity), 4).rows(0, len(logits), CPU),
+        "sparse": SparseSignal(LiveSignal(logits, identity), 4).rows(0, len(logits), logits.device),
     }
 
 
@@ -113,13 +114,23 @@ class TestEverySignal:
             for column, v in enumerate(ids):
                 assert columns[n, column].item() == pytest.approx(naive_logprob(row, v, 2.0))
 
-    def test_rows_are_a_part_of_the_whole(self, logits: Tensor, form: str) -> None:
-        signal = every_signal(logits)[form]
-        part = signal.rows(2, 5, CPU)
+    @on_each_device
+    @pytest.mark.parametrize("to_student", [True, False])
+    def test_rows_are_a_part_of_the_whole(self, logits: Tensor, form: str, device: str, to_student: bool) -> None:
+        here, there = (CPU, torch.device(device)) if to_student else (torch.device(device), CPU)
+        signal = every_signal(logits.to(here))[form]
+        part = signal.rows(2, 5, there)
+        columns = part.logprobs_at(2.0)
         assert (signal.num_positions, part.num_positions) == (7, 3)
-        torch.testing.assert_close(part.logprobs_at(2.0), signal.logprobs_at(2.0)[2:5])
+        assert columns.device.type == there.type
+        torch.testing.assert_close(columns.cpu(), signal.logprobs_at(2.0)[2:5].cpu())
         if signal.support is not None:
-            assert torch.equal(part.support, signal.support[2:5])
+            assert part.support.device.type == there.type
+            assert torch.equal(part.support.cpu(), signal.support[2:5].cpu())
+
+    def test_knows_the_width_of_the_vocabulary(self, logits: Tensor, form: str) -> None:
+        signal = every_signal(logits)[form]
+        assert signal.num_ids == signal.rows(2, 5, CPU).num_ids == 12
 
     def test_no_gradient_reaches_the_teacher(self, logits: Tensor, form: str) -> None:
         signal = every_signal(logits.requires_grad_())[form]
@@ -133,6 +144,35 @@ class TestEverySignal:
 
     def test_zero_positions_are_fine(self, logits: Tensor, form: str) -> None:
         assert every_signal(logits[:0])[form].logprobs_at(1.0).shape[0] == 0
+
+
+class TestLiveSignal:
+    def test_a_cut_head_cuts_the_ids(self, head: Head, hidden: Tensor) -> None:
+        assert LiveSignal(hidden, Head(head.weight, vocab_size=9)).num_ids == 9
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_the_students_autocast_leaves_the_teacher_alone(self, dtype: torch.dtype) -> None:
+        # A float32 teacher's head was cast to the student's half precision: logits beyond 65,504 became inf.
+        signal = LiveSignal(torch.tensor([[400.0], [1.001]]), Head(torch.tensor([[300.0], [1.001]])))
+        with torch.autocast("cpu", dtype=dtype):
+            part, columns = signal.rows(0, 2, CPU), signal.logprobs_at(1.0)
+        expected = torch.tensor([[400.0 * 300.0, 400.0 * 1.001], [1.001 * 300.0, 1.001 * 1.001]])
+        assert part.logits.dtype == torch.float32
+        torch.testing.assert_close(part.logits, expected)
+        torch.testing.assert_close(columns, expected.log_softmax(-1))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_a_head_of_the_states_dtype_is_not_cast_again_for_every_chunk(self, dtype: torch.dtype) -> None:
+        signal = LiveSignal(torch.ones(7, 5, dtype=dtype), Head(torch.ones(12, 5, dtype=dtype)))
+        with torch.autocast("cpu", dtype=torch.bfloat16), LargestTensor() as seen:
+            part = signal.rows(0, 7, CPU)
+        assert part.logits.dtype == dtype
+        assert "_to_copy" not in seen.calls
+
+    def test_mixed_precision_is_promoted_under_autocast_too(self) -> None:
+        signal = LiveSignal(torch.ones(7, 5), Head(torch.ones(12, 5).half()))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert signal.rows(0, 7, CPU).logits.dtype == torch.float32
 
 
 class TestTopKSignal:
@@ -167,7 +207,7 @@ class TestTopKSignal:
 
     def test_narrow_ids_are_widened_for_indexing(self, logits: Tensor) -> None:
         signal = TopKSignal.from_logits(logits, 3, [1.0])
-        narrow = TopKSignal(signal.ids.int(), signal.logprobs, signal.tail)
+        narrow = TopKSignal(signal.ids.int(), signal.logprobs, signal.tail, 12)
         assert narrow.rows(0, 7, CPU).support.dtype == torch.int64
 
     @pytest.mark.parametrize("k", [0, 13])
@@ -178,9 +218,9 @@ class TestTopKSignal:
     def test_parts_that_do_not_fit_are_refused(self, logits: Tensor) -> None:
         whole = TopKSignal.from_logits(logits, 3, [1.0])
         with pytest.raises(ValueError, match=r"temperatures \[1.0\] and tails at \[2.0\]"):
-            TopKSignal(whole.ids, whole.logprobs, {2.0: whole.tail[1.0]})
+            TopKSignal(whole.ids, whole.logprobs, {2.0: whole.tail[1.0]}, 12)
         with pytest.raises(ValueError, match=r"must be \(N, K\), \(N, K\) and \(N,\)"):
-            TopKSignal(whole.ids[:, :2], whole.logprobs, whole.tail)
+            TopKSignal(whole.ids[:, :2], whole.logprobs, whole.tail, 12)
         with pytest.raises(ValueError, match="at least one"):
             TopKSignal.from_logits(logits, 3, [])
 
@@ -192,7 +232,7 @@ class TestHiddenStates:
         signals: list[TeacherSignal] = [
             LiveSignal(hidden, head, hidden_states=states),
             DenseSignal(logits, hidden_states=states),
-            TopKSignal(kept.ids, kept.logprobs, kept.tail, hidden_states=states),
+            TopKSignal(kept.ids, kept.logprobs, kept.tail, 12, hidden_states=states),
         ]
         assert all(signal.hidden_states is states for signal in signals)
         assert kept.hidden_states is None

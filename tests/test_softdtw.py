@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from dense import on_each_device
 from scipy.spatial.distance import cdist
 from torch import Tensor
 
@@ -110,14 +111,17 @@ class TestSoftDtw:
         value = soft_dtw(cost, gamma=gamma, backend=backend).item()
         assert hard - gamma * math.log(63) - 1e-12 <= value <= hard + 1e-12
 
+    @on_each_device
     @working_backends
     @pytest.mark.parametrize("band", [None, 1, 3, 1000])
-    def test_float64_equals_the_naive_loop(self, backend: str, band: int | None) -> None:
+    def test_float64_equals_the_naive_loop(self, backend: str, band: int | None, device: str) -> None:
         cost, n, m = costs(6, 14, 23), lengths(14, 3, 1, 9, 14, 0), lengths(23, 20, 5, 9, 2, 7)
         naive = soft_dtw_and_alignment(cost, n, m, gamma=0.07, band=band, backend="reference")
-        found = soft_dtw_and_alignment(cost, n, m, gamma=0.07, band=band, backend=backend)
+        there = (tensor.to(device) for tensor in (cost, n, m))
+        found = soft_dtw_and_alignment(*there, gamma=0.07, band=band, backend=backend)
         for mine, theirs in zip(found, naive, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+            assert mine.device.type == device
+            torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-10, atol=1e-10)
 
     @working_backends
     @pytest.mark.parametrize("band", [None, 8])
@@ -151,13 +155,14 @@ class TestSoftDtw:
         n, m = lengths(4, 2, 0), lengths(6, 5, 3)
         assert torch.autograd.gradcheck(lambda c: soft_dtw(c, n, m, gamma=0.3, band=band, backend=backend), (cost,))
 
+    @on_each_device
     @backends
-    def test_gradient_is_the_expected_alignment_times_what_comes_from_above(self, backend: str) -> None:
-        cost = costs(2, 5, 6).requires_grad_()
-        weights = torch.tensor([2.0, -3.0], dtype=torch.float64)
+    def test_gradient_is_the_expected_alignment_times_what_comes_from_above(self, backend: str, device: str) -> None:
+        cost = costs(2, 5, 6).to(device).requires_grad_()
+        weights = torch.tensor([2.0, -3.0], dtype=torch.float64, device=device)
         (soft_dtw(cost, gamma=0.2, backend=backend) * weights).sum().backward()
-        alignment = expected_alignment(cost, gamma=0.2, backend=backend)
-        torch.testing.assert_close(cost.grad, alignment * weights[:, None, None])
+        alignment = expected_alignment(costs(2, 5, 6), gamma=0.2, backend="reference")
+        torch.testing.assert_close(cost.grad.cpu(), alignment * weights.cpu()[:, None, None])
 
     @working_backends
     def test_refuses_a_second_derivative(self, backend: str) -> None:
@@ -338,11 +343,18 @@ class TestSoftDtw:
         assert torch.equal(frozen, trained.detach())
 
     def test_takes_a_callable_backend(self) -> None:
-        cost = costs(2, 4, 4)
-        assert torch.equal(
-            soft_dtw(cost, gamma=0.1, backend=BACKENDS["reference"]),
-            soft_dtw(cost, gamma=0.1, backend="reference"),
-        )
+        calls: list[tuple[Tensor, ...]] = []
+        asked: list[dict[str, object]] = []
+
+        def recorded(*problem: Tensor, **options: object) -> tuple[Tensor, None]:
+            calls.append(problem)
+            asked.append(options)
+            return torch.tensor([7.0, 8.0]), None
+
+        cost = costs(2, 4, 5)
+        assert soft_dtw(cost, lengths(4, 2), gamma=0.1, band=3, backend=recorded).tolist() == [7.0, 8.0]
+        assert asked == [{"gamma": 0.1, "band": 3, "with_alignment": False}]
+        assert [tensor.tolist() for tensor in calls[0]] == [cost.tolist(), [4, 2], [5, 5]]
 
     @pytest.mark.parametrize("gamma", [0.0, -1.0, math.nan, math.inf])
     def test_refuses_a_gamma_that_is_not_positive(self, gamma: float) -> None:

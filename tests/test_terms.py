@@ -10,7 +10,16 @@ from dense import H, LargestTensor, N, V, assert_same_gradients, make_scene
 from torch import Tensor
 
 from kdkit.losses import DivergenceTerm, LabelTerm, head_pass, logits_pass, reverse_kl, tvd
-from kdkit.teacher.signal import DenseSignal, LiveSignal, TopKSignal
+from kdkit.teacher.signal import DenseSignal, LiveSignal, SparseSignal, TeacherSignal, TopKSignal
+
+
+def signals_of(logits: Tensor) -> dict[str, TeacherSignal]:
+    """The same teacher as each form but the live one."""
+    return {
+        "dense": DenseSignal(logits),
+        "top-k": TopKSignal.from_logits(logits, 4, [1.0]),
+        "sparse": SparseSignal(DenseSignal(logits), 4),
+    }
 
 
 class TestWeightOfZero:
@@ -93,9 +102,27 @@ class TestRefusals:
             r"21 positions of the student, 20", DivergenceTerm("kd", tvd), signal=DenseSignal(torch.zeros(20, V))
         )
 
-    def test_another_vocabulary(self) -> None:
-        wider = DenseSignal(torch.zeros(N, V + 3))
-        self.refuse(r"gives 53 ids, the teacher's signal 56.*vocab_size", DivergenceTerm("kd", tvd), signal=wider)
+    @pytest.mark.parametrize("num_ids", [V - 3, V + 3])
+    @pytest.mark.parametrize("form", ["dense", "top-k", "sparse"])
+    def test_another_vocabulary(self, form: str, num_ids: int) -> None:
+        # Kept ids told nobody how many there were: beyond the student's, an index out of bounds; below, a wrong tail.
+        signal = signals_of(torch.zeros(N, num_ids))[form]
+        match = rf"gives 53 ids, the teacher's signal {num_ids}.*Head\(.*vocab_size"
+        self.refuse(match, DivergenceTerm("kd", tvd), signal=signal)
+        self.refuse(match, signal=signal, extras=("teacher_entropy",))
+
+    @pytest.mark.parametrize("form", ["dense", "top-k", "sparse"])
+    def test_another_vocabulary_than_the_logits(self, form: str) -> None:
+        signal = signals_of(torch.zeros(2, 9))[form]
+        with pytest.raises(ValueError, match=r"gives 8 ids, the teacher's signal 9.*student_logits\[:, :V'\]") as error:
+            logits_pass(torch.zeros(2, 8), signal, [DivergenceTerm("kd", tvd)])
+        assert "vocab_size" not in str(error.value)
+
+    def test_nothing_of_a_vocabulary_that_nobody_looks_at(self) -> None:
+        scene = make_scene()
+        result = head_pass(scene.hidden, scene.head, DenseSignal(torch.zeros(N, 9)), [LabelTerm("lm", scene.targets)])
+        expected = F.cross_entropy(scene.student_logits(), scene.targets, reduction="sum")
+        torch.testing.assert_close(result.total, expected)
 
     def test_the_same_name_twice(self) -> None:
         self.refuse("names must differ", DivergenceTerm("kd", tvd), DivergenceTerm("kd", reverse_kl))

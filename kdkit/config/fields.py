@@ -16,12 +16,14 @@ LossName = Literal[
     "skew_reverse_kl",
     "alpha_beta",
 ]
-LOSS_ARGUMENTS: dict[str, frozenset[str]] = {
-    "jsd": frozenset({"beta"}),
-    "skew_forward_kl": frozenset({"alpha"}),
-    "skew_reverse_kl": frozenset({"alpha"}),
-    "alpha_beta": frozenset({"alpha", "beta"}),
+Bounds = tuple[float, float]
+LOSS_ARGUMENTS: dict[str, dict[str, Bounds]] = {
+    "jsd": {"beta": (0.0, 1.0)},
+    "skew_forward_kl": {"alpha": (0.0, 1.0)},
+    "skew_reverse_kl": {"alpha": (0.0, 1.0)},
+    "alpha_beta": {"alpha": (-2.0, 2.0), "beta": (-2.0, 2.0)},
 }
+"""What each loss takes besides the two distributions, and the open range of it; a skew may also be 0."""
 
 Count = Annotated[int, Field(ge=1)]
 Limit = Annotated[int, Field(ge=0)]
@@ -30,7 +32,7 @@ Limit = Annotated[int, Field(ge=0)]
 class _Part(BaseModel):
     """A part of the config: unknown fields are refused, values never change after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class TeacherConfig(_Part):
@@ -110,9 +112,9 @@ class KdConfig(_Part):
     """Share of the total; DistiLLM's kd_ratio is 1."""
     loss: LossName = "forward_kl"
     """Which divergence; `kdkit.losses` says when to pick which."""
-    alpha: Annotated[float, Field(ge=-2, le=2)] | None = None
+    alpha: float | None = None
     """Skew of the skew divergences (DistiLLM: 0.1) or alpha of alpha_beta; None: the loss's own default."""
-    beta: Annotated[float, Field(ge=-2, le=2)] | None = None
+    beta: float | None = None
     """Teacher's share in jsd or beta of alpha_beta; None: the loss's own default."""
     temperature: Positive = Schedule.model_validate(1.0)
     """Softens both distributions before they are compared; 1 compares them as they are."""
@@ -123,11 +125,27 @@ class KdConfig(_Part):
 
     @model_validator(mode="after")
     def _arguments_fit(self) -> "KdConfig":
-        takes = LOSS_ARGUMENTS.get(self.loss, frozenset())
-        for name in ("alpha", "beta"):
-            if getattr(self, name) is not None and name not in takes:
+        takes = LOSS_ARGUMENTS.get(self.loss, {})
+        for name, value in self.loss_arguments.items():
+            if name not in takes:
                 owners = ", ".join(loss for loss, names in LOSS_ARGUMENTS.items() if name in names)
                 raise ValueError(f"{self.loss} takes no {name}; it belongs to {owners}")
+            low, high = takes[name]
+            if not (low < value < high or (value == 0.0 and "skew" in self.loss)):
+                raise ValueError(f"{name} of {self.loss} is {value}; allowed is above {low:g} and below {high:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _alpha_beta_fit_each_other(self) -> "KdConfig":
+        if self.loss != "alpha_beta" or self.alpha is None or self.beta is None:
+            return self
+        numbers = {"alpha": self.alpha, "beta": self.beta, "alpha + beta": self.alpha + self.beta}
+        for name, value in numbers.items():
+            if 0 < abs(value) < 0.01 or (name == "alpha + beta" and value < 0):
+                raise ValueError(
+                    f"{name} of alpha_beta is {value:g}; allowed is 0 exactly or at least 0.01 away from it, and a "
+                    "sum that is not negative"
+                )
         return self
 
     @property
@@ -194,6 +212,12 @@ class ObjectiveConfig(_Part):
     """Positions whose logits exist at the same time; smaller saves memory."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a NaN or infinite loss or gradient does: end the run, or skip that step and count it."""
+
+    @model_validator(mode="after")
+    def _something_to_learn_from(self) -> "ObjectiveConfig":
+        if max(term.weight.largest for term in (self.kd, self.lm, self.dtw)) == 0:
+            raise ValueError("every term has the weight 0; give kd, lm or dtw one above it")
+        return self
 
 
 class OptimConfig(_Part):

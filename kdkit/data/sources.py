@@ -4,11 +4,13 @@ JSON and CSV are parsed here, not by the builders of `datasets`: those guess typ
 "2020-01-01" into a timestamp, "None" into a missing value and "007" into 7.0.
 """
 
+import codecs
 import csv
 import difflib
 import glob
 import json
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,17 +62,36 @@ def open_source(source: str | Path, split: str | None = None) -> Source:
         UserError: nothing there, not what its ending says, or no such split.
     """
     path = Path(source).expanduser()
-    if split is None and "#" in str(source) and not path.exists():
+    with _readable(path):
+        exists, is_folder, is_file = path.exists(), path.is_dir(), path.is_file()
+    if split is None and "#" in str(source) and not exists:
         place, _, split = str(source).rpartition("#")
         return open_source(place, split)
     name, rows = _read_split(split)
-    if path.is_dir():
+    if is_folder:
         return Source(path.resolve().name, _records(_load_folder(path, name), rows))
-    if path.is_file():
+    if is_file:
         return Source(path.stem, _cut(_read_file(path, name), rows))
     if isinstance(source, str) and _is_hub_name(source):
         return Source(source, _records(_load_from_hub(source, name), rows))
     raise UserError(_say_missing(path))
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, Record]]:
+    """The objects of a JSON lines file; empty lines and a byte order mark are skipped.
+
+    Args:
+        path: UTF-8, one object a line.
+    Returns:
+        (number of its line from 1 on, object) of each, read while iterated.
+    Raises:
+        UserError: the file cannot be opened or is not UTF-8, or a line is not an object.
+    """
+    with _readable(path), path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            text = _decode(path, number, line).strip()
+            if text:
+                yield number, _parse_line(path, number, text)
 
 
 @contextmanager
@@ -116,6 +137,15 @@ def _read_file(path: Path, split: str | None) -> Iterator[Record]:
     return reader(path)
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """UserError where the system refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {error.strerror or error}") from error
+
+
 def _check_only_split(path: Path, split: str | None) -> None:
     if split not in (None, "train"):
         raise UserError(f"'{path}' has no splits, but split '{split}' was asked for: leave it out")
@@ -123,8 +153,8 @@ def _check_only_split(path: Path, split: str | None) -> None:
 
 def _check_content(path: Path) -> None:
     """Refuses a file whose first bytes contradict its ending."""
-    with path.open("rb") as file:
-        head = file.read(512)
+    with _readable(path), path.open("rb") as file:
+        head = file.read(512).removeprefix(codecs.BOM_UTF8)
     if not head.strip():
         raise UserError(f"'{path}' is empty")
     found = _sniff(head)
@@ -146,11 +176,7 @@ def _sniff(head: bytes) -> str | None:
 
 
 def _read_json_lines(path: Path) -> Iterator[Record]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            text = _decode(path, number, line).strip()
-            if text:
-                yield _parse_line(path, number, text)
+    return (record for _, record in read_json_lines(path))
 
 
 def _decode(path: Path, number: int, line: bytes) -> str:
@@ -171,6 +197,9 @@ def _parse_line(path: Path, number: int, text: str) -> Record:
             f"'{path}', line {number}: {expected}, but this is no JSON ({error.msg}, column "
             f"{error.colno}): {text[:_EXCERPT_CHARS]}"
         ) from error
+    except (ValueError, RecursionError) as error:
+        reason = _say_beyond_python(error)
+        raise UserError(f"'{path}', line {number}: {expected}, but this {reason}: {text[:_EXCERPT_CHARS]}") from error
     if isinstance(value, list):
         raise UserError(f"'{path}', line {number}: {expected}, got a list; a JSON array belongs in a .json file")
     if not isinstance(value, dict):
@@ -189,7 +218,16 @@ def _read_json(path: Path) -> Iterator[Record]:
             yield from _read_json_lines(path)
             return
         raise UserError(f"'{path}', line {error.lineno}: not valid JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"'{path}' {_say_beyond_python(error)}") from error
     yield from _objects(path, value)
+
+
+def _say_beyond_python(error: ValueError | RecursionError) -> str:
+    """Of JSON that is valid and yet not read."""
+    if isinstance(error, RecursionError):
+        return "nests too deeply to be read"
+    return f"holds a number of more than {sys.get_int_max_str_digits():,} digits; write it as text"
 
 
 def _objects(path: Path, value: object) -> list[Record]:

@@ -102,7 +102,7 @@ def shared_word_units(text: str, *sides: Offsets) -> list[list[int]]:
         if not is_covered.any():
             return [[-1] * len(side) for side in sides]
         joined |= (_count_intervals(first + 1, end, num_words) > 0) | ~is_covered
-        joined[: is_covered.argmax() + 1] = True  # all up to the first covered word are unit 0
+        joined[: is_covered.argmax() + 1] = True  # words up to the first covered one belong to unit 0
     unit_of_word = np.cumsum(~joined)
     return [np.where(first < 0, -1, unit_of_word[first]).tolist() for first, _ in touched]
 

@@ -119,9 +119,10 @@ def _format_template(template: str) -> Template:
 
 
 def _fields(template: str) -> set[str]:
-    """The names between braces; empty where the braces do not match."""
+    """What stands between braces, with its conversion and format; empty where the braces do not match."""
     try:
-        return {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
+        return {f"{name}{'!' if conversion else ''}{conversion or ''}{form}" for _, name, form, conversion in parts}
     except ValueError:
         return set()
 

@@ -1,5 +1,6 @@
 """A model's answers to prompts, batched; nothing else of the model or the process changes."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,8 +39,8 @@ class GenerationSettings:
         for name in ("max_new_tokens", "batch_size", "num_beams"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: at least 1 is allowed")
-        if self.sampling_temperature < 0:
-            raise UserError(f"sampling_temperature={self.sampling_temperature}: 0 (greedy) or more is allowed")
+        if not 0 <= self.sampling_temperature < math.inf:
+            raise UserError(f"sampling_temperature={self.sampling_temperature}: 0 (greedy) or a number above is allowed")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p}: above 0 and at most 1 is allowed")
 

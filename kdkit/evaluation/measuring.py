@@ -1,5 +1,6 @@
 """A model on rows with answers: what it writes, and how likely it finds the right answer."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,19 +73,20 @@ class Evaluation:
     num_rows: int
     """Rows measured."""
     dropped: Mapping[str, int]
-    """Rows left out, by reason."""
+    """Rows left out, or with a right answer cut for the likelihood, by reason."""
     predictions: tuple[str | None, ...]
     """One a row given, in order; None where the row was left out."""
 
-    def summary(self) -> dict[str, float]:
-        """The figures as a flat, JSON-ready dict, bounds as `*_low` and `*_high`."""
-        figures: dict[str, float] = {}
+    def summary(self) -> dict[str, float | None]:
+        """The figures as a flat, JSON-ready dict, bounds as `*_low` and `*_high`; None: infinite (a perplexity)."""
+        figures: dict[str, float | None] = {}
         for name in ("rouge_l", "exact_match", "perplexity", "cross_entropy"):
             figures |= _flat(name, getattr(self, name))
         return figures | {
             "mean_tokens": self.mean_tokens,
             "ended_fraction": self.ended_fraction,
             "num_rows": self.num_rows,
+            "num_dropped": self.predictions.count(None),
         }
 
 
@@ -151,12 +153,12 @@ def evaluate_model(
         mean_tokens=sum(answer.num_tokens for answer in answers) / len(answers),
         ended_fraction=sum(answer.ended for answer in answers) / len(answers),
         num_rows=len(answers),
-        dropped=encoded.report.dropped,
+        dropped=encoded.report.dropped | encoded.report.truncated,
         predictions=tuple(predictions),
     )
 
 
-def evaluate_predictions(path: str | Path) -> dict[str, float]:
+def evaluate_predictions(path: str | Path) -> dict[str, float | None]:
     """Figures of answers that something else wrote, in the form of `Evaluation.summary`.
 
     Args:
@@ -257,5 +259,6 @@ def _exp(interval: Interval) -> Interval:
         return Interval(*(float(np.exp(x)) for x in (interval.value, interval.low, interval.high)))
 
 
-def _flat(name: str, interval: Interval) -> dict[str, float]:
-    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+def _flat(name: str, interval: Interval) -> dict[str, float | None]:
+    named = {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return {key: value if math.isfinite(value) else None for key, value in named.items()}  # JSON has no infinity

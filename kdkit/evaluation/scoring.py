@@ -1,6 +1,5 @@
 """How good a text is against its references: ROUGE-L, exact match, and how sure the mean is."""
 
-import json
 import string
 import warnings
 from collections.abc import Iterable, Sequence
@@ -10,11 +9,11 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from nltk.stem.porter import PorterStemmer  # type: ignore[import-untyped]
-from rouge_score.scoring import fmeasure
-from rouge_score.tokenize import tokenize
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
 from scipy import stats
 
+from kdkit.data.sources import Record, read_json_lines
 from kdkit.errors import UserError
 
 NON_LATIN_WARNING_FRACTION = 0.5
@@ -68,13 +67,11 @@ def rouge_l(prediction: str, references: Sequence[str], *, tokenizer: RougeToken
         0..100; 0 where the prediction or every reference has no words.
     Raises:
         UserError: there is no reference.
-    Source: Lin 2004, "ROUGE", section 3.1, as rouge_score's rougeL with use_stemmer=True.
-        Differs: none in value; the common subsequence is counted by bit operations.
+    Source: Lin 2004, "ROUGE", section 3.1, by rouge_score's rougeL with use_stemmer=True. Differs: none.
     """
     _check_references(references)
-    words_of = _rouge_words if tokenizer is None else tokenizer.tokenize
-    predicted = words_of(prediction)
-    return 100.0 * max(_lcs_fmeasure(predicted, words_of(reference)) for reference in references)
+    scorer = _default_scorer() if tokenizer is None else RougeScorer(["rougeL"], tokenizer=tokenizer)
+    return 100.0 * float(scorer.score_multi(references, prediction)["rougeL"].fmeasure)
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> bool:
@@ -212,7 +209,7 @@ def bootstrap_ratio(
         batch=max(1, _RESAMPLE_CELLS // len(sums)),
         confidence_level=confidence,
         method="percentile",
-        rng=np.random.default_rng(seed),
+        random_state=np.random.default_rng(seed),  # `rng` came with scipy 1.15
     ).confidence_interval
     return Interval(value, float(drawn.low), float(drawn.high))
 
@@ -259,28 +256,14 @@ def read_predictions(path: str | Path) -> tuple[list[str], list[list[str]]]:
         UserError: the file is missing, not UTF-8 text or empty, or a line is not such an object;
             names the file and the line.
     """
-    path = Path(path)
-    try:
-        # Not splitlines(): a JSON text may hold U+2028 and its like as they are.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    rows = [
-        _read_prediction(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()
-    ]
+    rows = [_read_prediction(row, f"'{path}', line {number}") for number, row in read_json_lines(Path(path))]
     if not rows:
-        raise UserError(f"{path}: holds no prediction; expected one JSON object a line")
+        raise UserError(f"'{path}' holds no prediction; expected one JSON object a line")
     return [prediction for prediction, _ in rows], [references for _, references in rows]
 
 
-def _read_prediction(line: str, place: str) -> tuple[str, list[str]]:
+def _read_prediction(row: Record, place: str) -> tuple[str, list[str]]:
     expected = 'expected {"prediction": "text", "references": ["text", ...]}'
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON ({error}); {expected}") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: got a {type(row).__name__}; {expected}")
     prediction, references = row.get("prediction"), row.get("references")
     if not isinstance(prediction, str):
         raise UserError(f"{place}: `prediction` is {_got(prediction)}; {expected}")
@@ -307,41 +290,20 @@ def _plain(text: str) -> str:
     return " ".join(text.lower().translate(_DROP_PUNCTUATION).split())
 
 
-def _lcs_fmeasure(predicted: list[str], reference: list[str]) -> float:
-    if not predicted or not reference:
-        return 0.0
-    common = _lcs_length(predicted, reference)
-    return float(fmeasure(common / len(predicted), common / len(reference)))
-
-
-def _lcs_length(a: list[str], b: list[str]) -> int:
-    """Length of the longest common subsequence, a row of the table per big-integer operation."""
-    # Hyyrö 2004: bit i of `row` is 0 where the table grows from a[:i] to a[:i + 1].
-    places: dict[str, int] = {}
-    for index, word in enumerate(a):
-        places[word] = places.get(word, 0) | 1 << index
-    full = (1 << len(a)) - 1
-    row = full
-    for word in b:
-        matches = row & places.get(word, 0)
-        row = (row + matches | row - matches) & full
-    return len(a) - row.bit_count()
-
-
-def _rouge_words(text: str) -> list[str]:
-    return tokenize(text, _stemmer())
-
-
-class _CachingStemmer:
-    """Porter's stemmer, asked once for each word: stemming is most of ROUGE's time otherwise."""
+class _CachingTokenizer(DefaultTokenizer):
+    """rouge_score's own with its stems, asked once for each word: stemming is most of its time."""
 
     def __init__(self) -> None:
-        self.stem = lru_cache(maxsize=2**17)(PorterStemmer().stem)
+        super().__init__(use_stemmer=True)
+        self._tokens_of = lru_cache(maxsize=2**17)(super().tokenize)
+
+    def tokenize(self, text: str) -> list[str]:
+        return [token for word in text.split() for token in self._tokens_of(word)]
 
 
 @cache
-def _stemmer() -> _CachingStemmer:
-    return _CachingStemmer()
+def _default_scorer() -> RougeScorer:
+    return RougeScorer(["rougeL"], tokenizer=_CachingTokenizer())
 
 
 def _warn_if_not_latin(texts: Iterable[str]) -> None:

@@ -20,13 +20,14 @@ def load_teacher(settings: TeacherConfig, machine: Preflight, *, device: str | N
     Raises:
         UserError: as `load_model`.
     """
+    place = (device or machine.device) if settings.device == "auto" else settings.device
     dtype = settings.dtype
-    if dtype == "auto":
-        dtype = usable_dtype(machine.device, machine.capability).dtype
+    if dtype == "auto":  # half precision is for cards: on the CPU beside one it would crawl
+        dtype = "float32" if place == "cpu" else usable_dtype(machine.device, machine.capability).dtype
     return load_model(
         settings.path,
         dtype=getattr(torch, dtype),
-        device=(device or machine.device) if settings.device == "auto" else settings.device,
+        device=place,
         quantization=settings.quantization,
         revision=settings.revision,
         attn_implementation=settings.attention,

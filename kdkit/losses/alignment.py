@@ -68,20 +68,9 @@ class AlignmentResult:
     off_diagonal_fraction: Tensor
     """(B,) detached, 0..1: share of the expected alignment's mass off that alignment's cells."""
 
-    def mean(self) -> Tensor:
-        """Mean of `per_sample` over the counted samples, scalar.
-
-        Raises:
-            ValueError: no sample is counted.
-        """
-        num_counted = int(self.counted.sum())
-        if num_counted == 0:
-            raise ValueError("every sample has an empty side: there is nothing to align.")
-        return self.per_sample.sum() / num_counted
-
 
 def pool_units(hidden: Tensor, unit_ids: Tensor, max_units: int) -> tuple[Tensor, Tensor]:
-    """Mean hidden state of each unit (a word, or what else `unit_ids` numbers).
+    """Mean hidden state of each unit (a word, or whatever `unit_ids` numbers).
 
     Args:
         hidden: (B, T, D) float; gradient flows to tokens that belong to a unit.
@@ -100,7 +89,7 @@ def pool_units(hidden: Tensor, unit_ids: Tensor, max_units: int) -> tuple[Tensor
             f"hidden is {tuple(hidden.shape)} and unit_ids {tuple(unit_ids.shape)}; they must be (B, T, D) and (B, T)."
         )
     batch, _, width = hidden.shape
-    if unit_ids.numel() and (int(unit_ids.min()) < -1 or int(unit_ids.max()) >= max_units):
+    if bool(((unit_ids < -1) | (unit_ids >= max_units)).any()):  # the only wait for the device
         raise ValueError(
             f"unit_ids run from {int(unit_ids.min())} to {int(unit_ids.max())}; allowed: -1 to "
             f"max_units - 1 = {max_units - 1}."
@@ -111,7 +100,7 @@ def pool_units(hidden: Tensor, unit_ids: Tensor, max_units: int) -> tuple[Tensor
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     sums = torch.zeros(batch * (max_units + 1), width, dtype=dtype, device=hidden.device)
     sums = sums.index_add(0, slots, hidden.reshape(-1, width).to(dtype))
-    counts = torch.bincount(slots, minlength=batch * (max_units + 1)).clamp(min=1)
+    counts = sums.new_zeros(len(sums)).index_add_(0, slots, sums.new_ones(len(slots))).clamp_(min=1)
     units = (sums / counts[:, None]).view(batch, max_units + 1, width)[:, :max_units]
     return units, F.pad(ids + 1, (0, 1)).amax(1)
 

@@ -84,10 +84,12 @@ def head_pass(
             "counted positions laid end to end and as wide as the head"
         )
     task = Task(student_head, signal, tuple(terms), chunk_tokens, tuple(extras))
-    check_task(task, len(student_hidden))
+    check_task(task, len(student_hidden), cut="Head(..., vocab_size=V')")
     inputs: tuple[Tensor | None, ...] = (student_hidden, student_head.weight, student_head.bias)
     if not torch.is_grad_enabled():  # a custom function is not told of no_grad
         inputs = tuple(None if tensor is None else tensor.detach() for tensor in inputs)
+    if task.is_empty:
+        return HeadPassResult(_zero_of(*inputs), {}, {})
     total, parts, *found = _HeadPass.apply(*inputs, task)
     return _result(task, total, parts=parts, extras=dict(zip(task.extra_names, found, strict=True)))
 
@@ -115,9 +117,11 @@ def logits_pass(
     """
     ids_only = Head(student_logits.new_empty(student_logits.shape[-1], 0))
     task = Task(ids_only, signal, tuple(terms), chunk_tokens, tuple(extras))
-    check_task(task, len(student_logits))
+    check_task(task, len(student_logits), cut="student_logits[:, :V']")
+    if task.is_empty:
+        return HeadPassResult(_zero_of(student_logits), {}, {})
     tally = Tally.zeros(task, len(student_logits), like=student_logits)
-    total, start = at_least_float32(student_logits[:0]).sum(), 0
+    total, start = _zero_of(student_logits), 0
     for logits in student_logits.split(chunk_tokens) if len(student_logits) else ():
         rows = slice(start, start + len(logits))
         teacher = task.teacher_rows(rows, logits.device)
@@ -275,6 +279,11 @@ def _is_half(dtype: torch.dtype) -> bool:
 def _power_of_two(size: Tensor) -> Tensor:
     """The power of two at or below `size`, so that dividing by it costs no digits; NaN and inf stay."""
     return size.clamp_min(torch.finfo(size.dtype).tiny).log2().floor().exp2()
+
+
+def _zero_of(*inputs: Tensor | None) -> Tensor:
+    """A zero that depends on the inputs, whatever they hold."""
+    return torch.stack([at_least_float32(x[:0]).sum() for x in inputs if x is not None]).sum()
 
 
 def _total(task: Task, parts: Tensor) -> Tensor:

@@ -65,6 +65,16 @@ class Task:
         """Whether any gradient can come of it."""
         return any(term.weight != 0 for term in self.terms)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is to be found out."""
+        return not self.terms and not self.extra_names
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether anything looks at the teacher."""
+        return TEACHER_ENTROPY in self.extra_names or any(isinstance(term, DivergenceTerm) for term in self.terms)
+
     def asks_teacher(self, temperature: float) -> bool:
         """Whether anything looks at the teacher at this temperature."""
         if temperature == 1.0 and TEACHER_ENTROPY in self.extra_names:
@@ -72,8 +82,10 @@ class Task:
         return any(isinstance(t, DivergenceTerm) and t.temperature == temperature for t in self.terms)
 
     def teacher_rows(self, rows: slice, device: torch.device) -> TeacherSignal | None:
-        """The teacher's part of a chunk, on the student's device."""
-        return None if self.signal is None else self.signal.rows(rows.start, rows.stop, device)
+        """The teacher's part of a chunk, on the student's device; None where nothing looks at it."""
+        if self.signal is None or not self.needs_teacher:
+            return None
+        return self.signal.rows(rows.start, rows.stop, device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,11 +132,7 @@ def _columns(student_logprobs: Tensor, teacher: TeacherSignal, temperature: floa
     """Both sides' log-probabilities over the columns of the signal."""
     student = bucket_logprobs(student_logprobs, teacher.support)  # (r, C)
     expected = teacher.logprobs_at(temperature)  # (r, C)
-    if student.shape != expected.shape:
-        raise ValueError(
-            f"the student's head gives {student.shape[-1]} ids, the teacher's signal {expected.shape[-1]}: where "
-            "the tokenizers agree on the first V' ids, cut both with Head(..., vocab_size=V')"
-        )
+    assert student.shape == expected.shape
     return student, expected
 
 
@@ -173,8 +181,11 @@ def _fill_extras(
         extras[LABEL_LOGPROBS][rows] = _label_logprobs(student_logprobs, targets[rows])
 
 
-def check_task(task: Task, num_positions: int) -> None:
-    """Refuse what does not go together, by shapes and names only: nothing here waits for the device."""
+def check_task(task: Task, num_positions: int, *, cut: str) -> None:
+    """Refuse what does not go together, by shapes and names only: nothing here waits for the device.
+
+    `cut` says how the student is brought to its first V' ids.
+    """
     if task.chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={task.chunk_tokens}: give 1 or more")
     names = [term.name for term in task.terms]
@@ -189,6 +200,11 @@ def check_task(task: Task, num_positions: int) -> None:
         _check_term(term, task.signal, num_positions)
     for name in task.extra_names:
         _check_extra(name, task)
+    if task.signal is not None and task.needs_teacher and task.signal.num_ids != task.head.num_ids:
+        raise ValueError(
+            f"the student gives {task.head.num_ids} ids, the teacher's signal {task.signal.num_ids}: where the "
+            f"tokenizers agree on the first V' ids, make the signal of these alone and give {cut}"
+        )
 
 
 def _check_term(term: DivergenceTerm | LabelTerm, signal: TeacherSignal | None, num_positions: int) -> None:

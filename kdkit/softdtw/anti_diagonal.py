@@ -62,10 +62,10 @@ def align(
     band: int | None,
     with_alignment: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Values and expected alignments of a ragged batch, on any device.
+    """Values and expected alignments of a ragged batch, on the CPU or CUDA.
 
     Sums run in float64 whatever the cost's dtype: at gamma 1e-3 a float32 r of -1e5 could not tell
-    its neighbours apart. The weights, the bulk of the memory, have the cost's dtype.
+    its neighbours apart. MPS has no float64. The weights, the bulk of the memory, have the cost's dtype.
 
     Args and Returns: as `kdkit.softdtw.api.Backend`.
     Source: Cuturi & Blondel 2017, arXiv:1703.01541, algorithms 1 and 2. Differs: the backward

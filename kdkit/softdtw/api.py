@@ -28,7 +28,7 @@ class Backend(Protocol):
         """Soft-DTW values and, if asked for, their gradient with respect to the cost.
 
         Args:
-            cost: (B, N, M) float32 or float64, any device; never written to, and never read
+            cost: (B, N, M) float32 or float64, CPU or CUDA; never written to, and never read
                 beyond a sample's lengths or outside its band.
             lengths_n: (B,) int64 on the CPU, 0..N.
             lengths_m: (B,) int64 on the CPU, 0..M.

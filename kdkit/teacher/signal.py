@@ -89,6 +89,11 @@ class TeacherSignal(Protocol):
         ...
 
     @property
+    def num_ids(self) -> int:
+        """V, the ids that the teacher's distribution is over; not K."""
+        ...
+
+    @property
     def support(self) -> Tensor | None:
         """(N, K) kept ids, or None for the whole vocabulary."""
         ...
@@ -115,6 +120,11 @@ class DenseSignal:
     def num_positions(self) -> int:
         """N."""
         return self.logits.shape[0]
+
+    @property
+    def num_ids(self) -> int:
+        """V."""
+        return self.logits.shape[-1]
 
     @property
     def support(self) -> None:
@@ -146,6 +156,11 @@ class LiveSignal:
         return self.hidden.shape[0]
 
     @property
+    def num_ids(self) -> int:
+        """V', the width of the head's logits."""
+        return self.head.num_ids
+
+    @property
     def support(self) -> None:
         """The whole vocabulary."""
         return None
@@ -153,12 +168,17 @@ class LiveSignal:
     @torch.no_grad()
     def rows(self, start: int, stop: int, device: torch.device) -> DenseSignal:
         """Logits of positions start to stop: the head computes where it is, then they move."""
-        return DenseSignal(self.head.logits(self.hidden[start:stop])).rows(0, stop - start, device)
+        return DenseSignal(self._logits(self.hidden[start:stop])).rows(0, stop - start, device)
 
     @torch.no_grad()
     def logprobs_at(self, temperature: float) -> Tensor:
         """(N, V) float32 log-probabilities of all positions at once; no gradient."""
-        return tempered_logprobs(self.head.logits(self.hidden), temperature)
+        return tempered_logprobs(self._logits(self.hidden), temperature)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """In the teacher's own dtype: the student's autocast would overflow it, and cast its head for every chunk."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head.logits(hidden)
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,6 +194,8 @@ class TopKSignal:
     """temperature -> (N, K)"""
     tail: dict[float, Tensor]
     """temperature -> (N,) log of the mass of all other ids; −inf where K = V"""
+    num_ids: int
+    """V, the number of ids that these were chosen from"""
     hidden_states: Tensor | None = None
     """(B, T, H)"""
 
@@ -213,7 +235,7 @@ class TopKSignal:
         for temperature in temperatures:
             buckets = bucket_logprobs(tempered_logprobs(logits, temperature), ids)  # (N, K + 1)
             kept[temperature], tail[temperature] = buckets[:, :-1].clone(), buckets[:, -1].clone()
-        return cls(ids, kept, tail)
+        return cls(ids, kept, tail, logits.shape[-1])
 
     @property
     def num_positions(self) -> int:
@@ -231,7 +253,7 @@ class TopKSignal:
         def cut(values: dict[float, Tensor]) -> dict[float, Tensor]:
             return {t: _moved(v[start:stop], device) for t, v in values.items()}
 
-        return TopKSignal(_moved(self.ids[start:stop], device), cut(self.logprobs), cut(self.tail))
+        return TopKSignal(_moved(self.ids[start:stop], device), cut(self.logprobs), cut(self.tail), self.num_ids)
 
     def logprobs_at(self, temperature: float) -> Tensor:
         """Log-probabilities at a cached temperature; no gradient.
@@ -272,6 +294,11 @@ class SparseSignal:
     def num_positions(self) -> int:
         """N."""
         return self.source.num_positions
+
+    @property
+    def num_ids(self) -> int:
+        """That of the source."""
+        return self.source.num_ids
 
     @property
     def support(self) -> Tensor:

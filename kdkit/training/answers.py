@@ -6,14 +6,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
+from transformers import PreTrainedTokenizerBase
 
 from kdkit.config import DistillConfig
 from kdkit.data.rows import Rows, load_rows
 from kdkit.errors import UserError
 from kdkit.evaluation import Answer, GenerationSettings, generate_answers
-from kdkit.loading import load_model, load_tokenizer
-from kdkit.runtime import preflight, usable_dtype
+from kdkit.loading import load_teacher, load_tokenizer
+from kdkit.runtime import preflight
 
 PORTION_ROWS = 256
 """Rows answered between two writes; what is lost when the machine dies."""
@@ -35,12 +35,14 @@ def write_teacher_answers(
     Args:
         config: names teacher, rows and how to decode (`evaluation`).
         output: JSONL file to make; `output` + ".partial" holds the portions until all are there.
-        resume: keep the portions of an earlier, stopped call with the same config.
+        resume: keep the portions of an earlier, stopped call; its prompts are compared, its teacher and decoding are
+            taken on trust.
         progress: called after each batch; may raise to stop.
     Returns:
         Number of answers written.
     Raises:
-        UserError: the file is there already, or a stopped call's portions are and `resume` is off.
+        UserError: the file is there already; or a stopped call's portions are and `resume` is off, or they answer
+            other prompts.
     """
     partial = output.with_name(output.name + ".partial")
     if output.exists():
@@ -63,36 +65,34 @@ def write_teacher_answers(
 def _load_prompts(config: DistillConfig) -> Rows:
     """The training prompts, whether or not they have an answer."""
     data = config.data
-    tokenizer = load_tokenizer(config.teacher.path, revision=config.teacher.revision)
     return load_rows(
         data.train,
         columns=data.columns,
         template=data.template,
         limit=data.train_rows,
         require_references=False,
-        tokenizer=tokenizer,
+        tokenizer=_load_tokenizer(config),
     )
+
+
+def _load_tokenizer(config: DistillConfig) -> PreTrainedTokenizerBase:
+    teacher = config.teacher
+    return load_tokenizer(teacher.path, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
 
 
 def _answer_portions(
     config: DistillConfig, rows: Rows, partial: Path, progress: Callable[[int, int], None] | None
 ) -> None:
     """Append answers portion by portion, after those that are there already."""
-    done = _keep_whole_lines(partial)
-    if done > len(rows):
-        raise UserError(f"{partial} holds {done} answers to {len(rows)} rows: it belongs to other rows; delete it")
+    held = _keep_whole_lines(partial)
+    done = len(held)
+    if [record["prompt"] for record in held] != rows.dataset["prompt"][:done]:
+        raise UserError(f"{partial} holds answers to other prompts than these: delete it, or give another --output")
     machine = preflight()
+    if not machine.ok:
+        raise UserError(f"{machine.problem}\n  {machine.remedy}")
     settings, evaluation = config.teacher, config.evaluation
-    dtype = usable_dtype(machine.device, machine.capability).dtype if settings.dtype == "auto" else settings.dtype
-    model = load_model(
-        settings.path,
-        dtype=getattr(torch, dtype),
-        device=machine.device if settings.device == "auto" else settings.device,
-        revision=settings.revision,
-        attn_implementation=settings.attention,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    tokenizer = load_tokenizer(settings.path, revision=settings.revision)
+    model, tokenizer = load_teacher(settings, machine), _load_tokenizer(config)
     for start in range(done, len(rows), PORTION_ROWS):
         portion = rows.dataset.select(range(start, min(start + PORTION_ROWS, len(rows))))
         decoding = GenerationSettings(
@@ -121,12 +121,12 @@ def _append(partial: Path, prompts: list[str], references: list[list[str]], answ
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _keep_whole_lines(partial: Path) -> int:
-    """Cut a last line that was not finished; returns the number of whole ones."""
+def _keep_whole_lines(partial: Path) -> list[dict]:
+    """Cut a last line that was not finished; returns the whole ones."""
     if not partial.is_file():
-        return 0
+        return []
     content = partial.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     with partial.open("r+b") as file:
         file.truncate(len(whole))
-    return whole.count(b"\n")
+    return [json.loads(line) for line in whole.decode("utf-8").splitlines()]

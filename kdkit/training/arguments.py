@@ -52,7 +52,6 @@ def training_arguments(
         include_num_input_tokens_seen="no",
         dataloader_pin_memory=not use_cpu,
     )
-    assert arguments.n_gpu >= 0  # reading it fixes the device count, which the next line overrides
     arguments._n_gpu = min(arguments.n_gpu, 1)  # two visible cards would become nn.DataParallel
     return arguments
 

@@ -26,7 +26,7 @@ class Interrupted(KeyboardInterrupt):
     """
 
     def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        super().__init__(f"stopped by {signal.Signals(signum).name}; continue with --resume")
         self.signum = signum
 
 
@@ -125,7 +125,8 @@ class StageFlow(TrainerCallback):
         if not self._weights_before:
             return
         moved = zip(self._trained(), self._weights_before, strict=True)
-        squares = torch.stack([(now.detach() - before).double().square().sum() for now, before in moved]).sum()
+        norms = [torch.linalg.vector_norm(now.detach() - before, dtype=torch.float64) for now, before in moved]
+        squares = torch.stack(norms).square().sum()
         if self.trainer.is_fsdp_enabled:  # each process holds its own shard
             squares = self.trainer.accelerator.reduce(squares, reduction="sum")
         self.trainer.update_norm = math.sqrt(squares.item())
@@ -139,9 +140,18 @@ class StageFlow(TrainerCallback):
         control.should_log = self._logs_after(step, state.max_steps)
         control.should_save = is_last or (self.save_every > 0 and step % self.save_every == 0)
         control.should_evaluate = self.is_evaluation_step(step, state.max_steps)
-        if self.stop.signum is not None:
+        if self._asked_to_stop():
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any process was asked: all have to leave at the same step, or they wait for each other."""
+        assert self.trainer is not None
+        accelerator, asked = self.trainer.accelerator, self.stop.signum is not None
+        if accelerator.num_processes > 1:
+            flag = torch.tensor(int(asked), device=accelerator.device)
+            asked = bool(accelerator.reduce(flag, reduction="sum").item())
+        return asked
 
     def _logs_after(self, step: int, num_steps: int) -> bool:
         return step % self.log_every == 0 or step == 1 or step == num_steps
@@ -189,7 +199,7 @@ class ConsoleProgress(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Show loss and parts, with the time left."""
-        if not logs or not state.is_world_process_zero:
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
         parts = {name.removeprefix("part/"): f"{value:.4g}" for name, value in logs.items() if name[:5] == "part/"}
         if self._bar is not None:

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from kdkit.training.checkpoint import write_text
@@ -45,19 +46,20 @@ class RunningSums:
         self._done, self.num_steps = {}, 0
         return taken
 
-    def state(self) -> dict[str, object]:
-        """The sums as JSON-ready numbers; 64-bit floats survive JSON exactly."""
-        return {
-            "num_steps": self.num_steps,
-            "sums": {name: value.tolist() for name, value in self._done.items()},
-        }
+    def state(self, accelerator: Accelerator | None = None) -> dict[str, object]:
+        """The sums over all processes as JSON-ready numbers; 64-bit floats survive JSON exactly."""
+        sums = {name: self._done[name] for name in sorted(self._done)}
+        if accelerator is not None and accelerator.num_processes > 1:
+            sums = {name: accelerator.reduce(value.to(accelerator.device), "sum") for name, value in sums.items()}
+        return {"num_steps": self.num_steps, "sums": {name: value.tolist() for name, value in sums.items()}}
 
-    def restore(self, state: dict, device: torch.device) -> None:
-        """Go on from what `state` returned."""
+    def restore(self, state: dict, device: torch.device, *, share: float = 1.0) -> None:
+        """Go on from what `state` returned; of several processes one takes all of it and the others nothing."""
         self._pending = {}
         self.num_steps = state["num_steps"]
         self._done = {
-            name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in state["sums"].items()
+            name: share * torch.tensor(value, dtype=torch.float64, device=device)
+            for name, value in state["sums"].items()
         }
 
 

@@ -1,10 +1,12 @@
 """A run from its config: models, rows, stages in order, resume, figures at the end. What every command calls."""
 
+import gc
 import json
 import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ from kdkit.loading import (
     check_head,
     check_tokenizer_fits,
     load_model,
+    load_teacher,
     load_tokenizer,
     shared_vocab_size,
 )
@@ -98,7 +101,8 @@ class _Run:
         disable_progress_bar()  # a bar per file read or written; the run has its own
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
-        self.processes = PartialState(cpu=self.machine.device == "cpu")
+        # One process measures while the others wait: longer than torch's ten minutes.
+        self.processes = PartialState(cpu=self.machine.device == "cpu", timeout=timedelta(hours=4))
         self.tokenizer = self._load_tokenizers()
         self.rows = RunRows(self.tokenizer)
         used = self.rows.describe({name: stage_config(self.config, name) for name in self.config.stages})
@@ -133,6 +137,8 @@ class _Run:
             adapters_from=after,
         )
         run_stage(settings, inputs, folder=folder, metrics=self.folder.metrics, stop=self.stop)
+        del inputs, student
+        _free_memory()
         return folder / "model"
 
     def conclude(self, student: Path) -> RunResult:
@@ -167,6 +173,12 @@ class _Run:
                 f"({relation.evidence}): their token ids mean different text, so that their distributions cannot "
                 "be compared. Choose a student of the teacher's family"
             )
+        if tokenizer.eos_token_id != other.eos_token_id:
+            raise UserError(
+                f"the teacher ends its text with {other.eos_token!r} and the student with {tokenizer.eos_token!r}: "
+                "the student would learn an end that does not stop it. Pair a base model with a base model, a chat "
+                "model with a chat model"
+            )
         self.tokenizer_kind = relation.kind
         return tokenizer
 
@@ -192,16 +204,7 @@ class _Run:
     def _load_teacher(self) -> LiveTeacher:
         """The teacher, loaded once for all stages and checked on its first rows."""
         if self._teacher is None:
-            settings = self.config.teacher
-            model = load_model(
-                settings.path,
-                dtype=getattr(torch, self._dtype_name(settings.dtype)),
-                device=self._device() if settings.device == "auto" else settings.device,
-                quantization=settings.quantization,
-                revision=settings.revision,
-                attn_implementation=settings.attention,
-                trust_remote_code=settings.trust_remote_code,
-            )
+            model = load_teacher(self.config.teacher, self.machine, device=self._device())
             rows = self.rows.encoded("train", self.config).dataset
             first = DistillCollator(self.tokenizer.pad_token_id)([rows[i] for i in range(min(4, len(rows)))])
             check_finite_logits(model, first)
@@ -247,16 +250,19 @@ class _Run:
         """Answer and score the final rows with every model of the comparison; one file, written at the end."""
         rows = self.rows.read("test", self.config.data)
         measured: dict[str, Evaluation] = {}
-        for name, path, from_scratch in self._finalists():
+        for name, path, revision in self._finalists():
             print(f"measuring {name} on {len(rows)} rows", file=sys.stderr)
             model = load_model(
                 path,
                 dtype=torch.float32,
                 device=self._device(),
-                from_scratch=from_scratch,
-                seed=self.config.seed,
+                revision=revision,
+                attn_implementation=self.config.student.attention,
+                trust_remote_code=self.config.student.trust_remote_code,
             )
             measured[name] = self._measure(model, rows)
+            del model
+            _free_memory()
         if self.config.evaluation.teacher:
             print(f"measuring teacher on {len(rows)} rows", file=sys.stderr)
             measured["teacher"] = self._measure(self._load_teacher().model, rows)
@@ -269,12 +275,13 @@ class _Run:
         document = {"rows": rows.sha256, "models": models, "predictions": predictions}
         checkpoint.write_text(self.folder.evaluation, json.dumps(document, indent=1, ensure_ascii=False))
 
-    def _finalists(self) -> list[tuple[str, str | Path, bool]]:
-        """Students to measure: the finished one, and its start unless that was random."""
-        before: list[tuple[str, str | Path, bool]] = []
-        if self.config.evaluation.before and not self.config.student.from_scratch:
-            before = [("before", self.config.student.path, False)]
-        return [("student", self.folder.model, False), *before]
+    def _finalists(self) -> list[tuple[str, str | Path, str | None]]:
+        """Students to measure, with their revision: the finished one, and its start unless that was random."""
+        finalists: list[tuple[str, str | Path, str | None]] = [("student", self.folder.model, None)]
+        student = self.config.student
+        if self.config.evaluation.before and not student.from_scratch:
+            finalists.append(("before", student.path, student.revision))
+        return finalists
 
     def _measure(self, model: PreTrainedModel, rows: Rows) -> Evaluation:
         data = self.config.data
@@ -320,6 +327,13 @@ class _ValidationAnswers:
             "mean_tokens": sum(a.num_tokens for a in answers) / len(answers),
             "ended_fraction": sum(a.ended for a in answers) / len(answers),
         }
+
+
+def _free_memory() -> None:
+    """Let go of a stage's student and optimizer: trainer and callbacks hold each other until a collection."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _needs_dense_path(model: PreTrainedModel, role: str) -> bool:

@@ -20,7 +20,10 @@ from kdkit.training.flow import ConsoleProgress, StageFlow, StopRequest
 from kdkit.training.metrics import MetricsFile
 from kdkit.training.model import DistillModel
 from kdkit.training.objective import Objective
-from kdkit.training.trainer import ADAPTERS_FILE, DistillTrainer, Generate
+from kdkit.training.trainer import ADAPTERS_FILE, STATE_FILE, DistillTrainer, Generate
+
+OF_TRAINING = (checkpoint.SEAL, STATE_FILE, "trainer_state.json", "*.pt", "*.pth", "pytorch_model_fsdp*", "*.bin")
+"""Files of a checkpoint that are not the student's."""
 
 
 @dataclass(frozen=True)
@@ -191,14 +194,6 @@ def _leave_model(trainer: DistillTrainer, folder: Path) -> None:
         staged = folder / checkpoint.STAGING
         checkpoint.clear_staging(folder)
         staged.mkdir()
-        for file in newest.iterdir():
-            if file.suffix in {".safetensors", ".jinja", ".model", ".txt"} or _is_model_json(file):
-                shutil.copy2(file, staged / file.name)
+        shutil.copytree(newest, staged, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*OF_TRAINING))
         checkpoint.publish(staged, folder / "model")
     trainer.accelerator.wait_for_everyone()
-
-
-def _is_model_json(file: Path) -> bool:
-    """Whether a JSON file of a checkpoint belongs to the model, not to the training."""
-    ours = {checkpoint.SEAL, "trainer_state.json", "kdkit_state.json"}
-    return file.suffix == ".json" and file.name not in ours

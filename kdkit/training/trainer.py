@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -33,7 +33,7 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from kdkit.data.batch import Batch, DistillCollator
-from kdkit.errors import RunFailed
+from kdkit.errors import RunFailed, UserError
 from kdkit.runtime import preserved_rng_state, rng_state, set_rng_state
 from kdkit.teacher.sources import TeacherSource
 from kdkit.training import checkpoint
@@ -101,6 +101,7 @@ class DistillTrainer(Trainer):
         self._last_inputs: Batch | None = None
         self._settled_rng: dict | None = None
         self._last_row_at = time.monotonic()
+        self._state_of_sums: dict[str, object] = {}
         self._staging = False
         self._checkpoint_bytes = 0
         super().__init__(
@@ -113,6 +114,17 @@ class DistillTrainer(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+        self._check_sharding()
+
+    def _check_sharding(self) -> None:
+        """Refuse the ways of FSDP in which no student would be saved, or adapters would lose their learning rate."""
+        if not self.is_fsdp_enabled:
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+            raise UserError("FSDP with sharded checkpoints saves no student: set fsdp_state_dict_type: FULL_STATE_DICT")
+        if plugin.fsdp_version == 1 and not plugin.use_orig_params:
+            raise UserError("FSDP merges adapters into the student's parameters: set fsdp_use_orig_params: true")
 
     # ---- what is counted -------------------------------------------------------------------------------------
 
@@ -155,11 +167,14 @@ class DistillTrainer(Trainer):
 
     def _record(self, outputs: Mapping[str, Any], moment: Moment, *, num_tokens: int) -> None:
         """Add a micro-batch's parts to the sums of the next log row."""
+        # A part is a mean over the steps in which its term was on.
+        step_share = 1.0 / (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
         for term in self.objective.terms:
             if term.name not in outputs["sums"]:
                 continue
             value = outputs["sums"][term.name]
-            self.sums.add(f"part/{term.name}", value / max(moment.counts[term.counts], 1.0))
+            mean = (value / max(moment.counts[term.counts], 1.0)).double()
+            self.sums.add(f"part/{term.name}", torch.stack([mean, torch.full_like(mean, step_share)]))
             self.sums.add(f"weighted/{term.name}", value * self.objective.coefficient(term, moment))
         for name, pair in outputs["statistics"].items():
             self.sums.add(name, pair)
@@ -217,6 +232,8 @@ class DistillTrainer(Trainer):
             groups.append({"params": adapters, "weight_decay": 0.0, "lr": rate})
         optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, trained)
         self.optimizer = optimizer_class(groups, **arguments)
+        if arguments.get("optim_bits") == 8:
+            _keep_embeddings_in_32_bits(trained)
         return self.optimizer
 
     # ---- what is evaluated -----------------------------------------------------------------------------------
@@ -242,6 +259,7 @@ class DistillTrainer(Trainer):
         prefixed = {f"eval_{name}": value for name, value in figures.items()}
         if limit is None:
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, prefixed)
+            self.control = self.callback_handler.on_log(self.args, self.state, self.control, dict(prefixed))
         return prefixed
 
     @torch.no_grad()
@@ -319,9 +337,9 @@ class DistillTrainer(Trainer):
         if self.num_skipped_steps:
             row["skipped_steps"] = float(self.num_skipped_steps)
         self.state.log_history.append({**row, "step": self.state.global_step})
-        self.control = self.callback_handler.on_log(self.args, self.state, self.control, row)
-        if self.is_world_process_zero():
+        if self.is_world_process_zero():  # before any tracker, which may fail
             self.metrics.append({"kind": "train", "stage": self.stage, "step": self.state.global_step, **row})
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, row)
 
     def _train_figures(self) -> dict[str, float]:
         """Means over the steps since the last row, and the weights of the last of them."""
@@ -366,8 +384,18 @@ class DistillTrainer(Trainer):
 
     def settle_step(self) -> None:
         """Mark the end of an optimizer step: from here a checkpoint can be written, also after a later failure."""
+        if self.accelerator.optimizer_step_was_skipped:  # the loss scaler met a gradient that is not finite
+            self.sums.forget_step()
+            self.num_skipped_steps += 1
+            self._check_loss_scale()
         self.sums.complete_step()
         self._settled_rng = rng_state()
+
+    def _check_loss_scale(self) -> None:
+        """Lowering the scale cures an overflow in a few steps; below 1 there is none left to cure."""
+        scaler = self.accelerator.scaler
+        if scaler is not None and self.on_nonfinite == "stop" and scaler.get_scale() < 1.0:
+            self._stop_at_nonfinite(f"no loss scale gives a finite gradient ({self.num_skipped_steps} steps skipped)")
 
     def check_saving(self) -> None:
         """Write a checkpoint and throw it away."""
@@ -402,6 +430,7 @@ class DistillTrainer(Trainer):
             return
         if self.args.should_save:
             checkpoint.check_room(folder, self._needed_bytes())
+        self._state_of_sums = self.sums.state(self.accelerator)
         try:
             with self._into_staging() as staged:
                 super()._save_checkpoint(model, trial)
@@ -438,7 +467,7 @@ class DistillTrainer(Trainer):
         if adapters:
             save_file({name: value.contiguous() for name, value in adapters.items()}, folder / ADAPTERS_FILE)
         self.processing_class.save_pretrained(folder)
-        state = {"sums": self.sums.state(), "num_skipped_steps": self.num_skipped_steps}
+        state = {"sums": self._state_of_sums, "num_skipped_steps": self.num_skipped_steps}
         (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -447,14 +476,16 @@ class DistillTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         folder = Path(resume_from_checkpoint)
-        load_model(self.model.student, folder / "model.safetensors", device=str(self.args.device))
+        with preserved_rng_state():  # from_pretrained knows how the weights of each architecture are stored
+            saved = type(self.model.student).from_pretrained(folder, dtype=torch.float32)
+        self.model.student.load_state_dict(saved.state_dict())
         if len(self.model.adapters):
             self.model.adapters.load_state_dict(load_file(folder / ADAPTERS_FILE))
 
     def restore_sums(self, folder: Path) -> None:
         """Go on with the sums of the next log row as a checkpoint left them."""
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        self.sums.restore(state["sums"], self.args.device)
+        self.sums.restore(state["sums"], self.args.device, share=float(self.accelerator.is_main_process))
         self.num_skipped_steps = state["num_skipped_steps"]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
@@ -465,6 +496,12 @@ class DistillTrainer(Trainer):
             output = super().train(resume_from_checkpoint, **kwargs)
             finished = True
             return output
+        except torch.OutOfMemoryError as error:
+            raise RunFailed(
+                f"stage {self.stage}, step {self.state.global_step + 1}: the card's memory is used up ({error}). Lower "
+                "optim.batch_size (and raise optim.accumulation), data.max_length or objective.chunk_tokens, or set "
+                "student.gradient_checkpointing=true; then run again with --resume off or in a new folder"
+            ) from error
         finally:
             if not finished and self._settled_rng is not None:
                 self._save_emergency_checkpoint(self._settled_rng)
@@ -487,6 +524,16 @@ class DistillTrainer(Trainer):
             self._save_checkpoint(self.model_wrapped)
         except RunFailed as error:
             logger.error("no emergency checkpoint: %s", error)
+
+
+def _keep_embeddings_in_32_bits(model: nn.Module) -> None:
+    """Embeddings see each row rarely, and 8-bit states of such rows are too coarse: bitsandbytes' own advice."""
+    import bitsandbytes
+
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
