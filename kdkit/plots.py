@@ -62,7 +62,7 @@ def plot_training(metrics_rows: Sequence[Row]) -> "Figure":
     for name in parts:
         _draw_stages(loss_axes, rows, f"part/{name}", begins, color=_term_colour(name, parts), label=name)
     _choose_scale(loss_axes, [_column(rows, "loss"), *(_column(rows, f"part/{name}") for name in parts)])
-    loss_axes.set_ylabel("loss (nats per token;\ndtw: per sequence)" if "dtw" in parts else "loss (nats per token)")
+    loss_axes.set_ylabel("loss per token\n(dtw: per sequence)" if "dtw" in parts else "loss per token")
     for name in _names(rows, "weight/"):
         colour = _term_colour(name, parts)
         _draw_stages(weight_axes, rows, f"weight/{name}", begins, color=colour, drawstyle="steps-post")
@@ -150,7 +150,8 @@ def plot_comparison(
     panels[0].set_yticks(places, [str(row["model"]) for row in rows], parse_math=False)
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
     figure.suptitle(_wrapped(comparison_finding(rows, student=student, baseline=baseline, teacher=teacher)))
-    figure.supxlabel("dots: values; bars: 95 % intervals over rows", fontsize="small", color="#555555")
+    bars = f"dots: values; bars: 95 % intervals over {intervals_over(rows)}"
+    figure.supxlabel(bars, fontsize="small", color="#555555")
     return figure
 
 
@@ -161,7 +162,7 @@ def comparison_finding(
     baseline: str | None = None,
     teacher: str = "teacher",
 ) -> str:
-    """What a comparison shows, in one sentence; intervals that overlap are said to.
+    """What a comparison shows, in one sentence; says where intervals overlap or are missing.
 
     Args:
         rows: as in `plot_comparison`.
@@ -185,6 +186,11 @@ def comparison_finding(
     else:
         sentence = _pair_finding(student, baseline, scored, scored.get(teacher))
     return sentence.replace("the", "The", 1) if sentence.startswith("the ") else sentence
+
+
+def intervals_over(rows: Sequence[Row]) -> str:
+    """What the intervals of a comparison are taken over: sampling seeds where a model has several, else rows."""
+    return "sampling seeds" if any((_number(row, "seeds") or 1) > 1 for row in rows) else "rows"
 
 
 def plot_alignment(
@@ -303,13 +309,13 @@ def _rouge_l(row: Row) -> float:
     return _number(row, "rouge_l") or 0.0
 
 
-def _overlap(a: Row, b: Row) -> bool:
-    """Whether two models' ROUGE-L intervals share a value; without intervals, no."""
+def _doubt(a: Row, b: Row, other: str) -> str:
+    """What the ROUGE-L intervals of two models leave open, as the end of a sentence; `other` is b's name."""
     bounds = [_number(row, f"rouge_l_{end}") for row in (a, b) for end in ("low", "high")]
     if any(bound is None for bound in bounds):
-        return False
+        return ", with no interval to judge it by"
     a_low, a_high, b_low, b_high = (bound or 0.0 for bound in bounds)
-    return a_low <= b_high and b_low <= a_high
+    return f", but its 95 % interval overlaps that of {other}" if a_low <= b_high and b_low <= a_high else ""
 
 
 # --- findings --------------------------------------------------------------------------------------------------------
@@ -360,9 +366,7 @@ def _alone_finding(student: str, row: Row, teacher: Row | None) -> str:
 def _pair_finding(student: str, baseline: str, scored: Mapping[str, Row], teacher: Row | None) -> str:
     reached, start = _rouge_l(scored[student]), _rouge_l(scored[baseline])
     name, other = _SPOKEN.get(student, student), _SPOKEN.get(baseline, baseline)
-    doubt = ""
-    if _overlap(scored[student], scored[baseline]):
-        doubt = f", but its 95 % interval overlaps that of {other}"
+    doubt = _doubt(scored[student], scored[baseline], other)
     if reached == start:
         return f"{name} equals {other} in ROUGE-L"
     if reached < start:

@@ -16,6 +16,7 @@ from kdkit.plots import (
     Row,
     comparison_finding,
     figure_bytes,
+    intervals_over,
     plot_comparison,
     plot_evaluations,
     plot_training,
@@ -79,8 +80,8 @@ def write_report(
 
     Args:
         path: the file to write or replace; its folder is made.
-        comparison: one model a row, as `plots.plot_comparison` takes them, optionally with `steps`, `mean_tokens` and
-            `ended_fraction`.
+        comparison: one model a row, as `plots.plot_comparison` takes them, optionally with `steps`, `mean_tokens`,
+            `ended_fraction`, `num_rows` and `seeds`; a perplexity of None beside a cross_entropy is infinite.
         title: what was run.
         finding: what came out, one sentence without full stop; None takes `plots.comparison_finding`.
         figures: in the order in which they are shown.
@@ -99,6 +100,7 @@ def write_report(
         title=title,
         finding=(finding or comparison_finding(comparison)).rstrip("."),
         comparison=_html_table(comparison),
+        intervals_over=intervals_over(comparison),
         figures=[{"uri": _data_uri(shown.figure), "caption": shown.caption} for shown in figures],
         examples=examples,
         settings=settings or {},
@@ -183,8 +185,7 @@ def comparison_table(rows: Sequence[Row]) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    over = "sampling seeds" if any(row.get("seeds") for row in rows) else "rows"
-    note = f"second line: 95 % interval over {over}"
+    note = f"second line: 95 % interval over {intervals_over(rows)}"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=note, caption_justify="left")
     columns = _columns(rows, _TERMINAL_COLUMNS)
     for name in columns:
@@ -201,13 +202,14 @@ def comparison_table(rows: Sequence[Row]) -> "Table":
 _COLUMNS = {
     "model": "model",
     "steps": "steps",
+    "num_rows": "rows",
     "rouge_l": "ROUGE-L (%)",
     "exact_match": "exact match (%)",
     "perplexity": "perplexity",
     "mean_tokens": "tokens per answer",
     "ended_fraction": "ended by itself",
 }
-_TERMINAL_COLUMNS = ("model", "steps", "rouge_l", "exact_match", "perplexity")
+_TERMINAL_COLUMNS = ("model", "steps", "num_rows", "rouge_l", "exact_match", "perplexity")
 
 
 @dataclass(frozen=True)
@@ -217,8 +219,10 @@ class _Cell:
 
 
 def _columns(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
-    """The model, and of the others those that some row has."""
-    return [name for name in names if name == "model" or any(row.get(name) is not None for row in rows)]
+    """The model, and of the others those that some row has; the number of rows where models differ in it."""
+    found = [name for name in names if name == "model" or any(_value(row, name) is not None for row in rows)]
+    differ = len({row.get("num_rows") for row in rows}) > 1
+    return [name for name in found if name != "num_rows" or differ]
 
 
 def _html_table(rows: Sequence[Row]) -> dict[str, list]:
@@ -230,7 +234,7 @@ def _html_table(rows: Sequence[Row]) -> dict[str, list]:
 
 
 def _cell(row: Row, name: str) -> _Cell:
-    value, low, high = row.get(name), row.get(f"{name}_low"), row.get(f"{name}_high")
+    value, low, high = (_value(row, name, end) for end in ("", "_low", "_high"))
     if isinstance(value, str):
         return _Cell(value)
     if not isinstance(value, int | float):
@@ -240,8 +244,16 @@ def _cell(row: Row, name: str) -> _Cell:
     return _Cell(_written(value, name), f"({_written(low, name)}–{_written(high, name)})")
 
 
+def _value(row: Row, name: str, end: str = "") -> object:
+    """As the row has it; JSON has no infinity, so that a perplexity beyond all numbers is missing there."""
+    value = row.get(name + end)
+    if value is None and name == "perplexity" and row.get("cross_entropy" + end) is not None:
+        return math.inf
+    return value
+
+
 def _written(value: float, name: str) -> str:
-    if name == "steps":
+    if name in ("steps", "num_rows"):
         return f"{value:.0f}"
     if name == "ended_fraction":
         return f"{100 * value:.0f} %"
@@ -337,9 +349,9 @@ def _text(path: Path) -> str:
 
 
 def _comparison_illustration(comparison: Sequence[Row]) -> Illustration:
-    return Illustration(
-        plot_comparison(comparison), "Each model on the same rows: the value and its 95 % interval over the rows."
-    )
+    over = intervals_over(comparison)
+    caption = f"Each model on the same rows: the value and its 95 % interval over {over}."
+    return Illustration(plot_comparison(comparison), caption)
 
 
 def _check_same_rows(runs: Mapping[str, _Run]) -> None:

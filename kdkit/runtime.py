@@ -1,4 +1,4 @@
-"""The machine: can this card run this build of torch, in which dtype, with how much room, from which seed.
+"""The machine: can this card run this build of torch, in which dtype, with how many threads; and its random states.
 
 torch is imported inside the functions only, so that a command which merely reads a log starts at once.
 """
@@ -24,7 +24,7 @@ from kdkit.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-DeviceType = Literal["cuda", "mps", "cpu"]
+DeviceType = Literal["cuda", "cpu"]
 Capability = tuple[int, int]
 
 GIB = 2**30
@@ -46,7 +46,7 @@ class Preflight:
     device: DeviceType
     """The device to use; "cuda" also when a card is there but cannot be used (`ok` is then False)."""
     num_devices: int
-    """Cards of that type; 1 for "mps" and "cpu"."""
+    """Cards; 1 for "cpu"."""
     name: str
     """Name of the first card, or of the processor."""
     capability: Capability | None
@@ -56,7 +56,7 @@ class Preflight:
     total_memory_bytes: int
     """Memory of the first card, or of the machine."""
     ok: bool
-    """True if one small operation ran on every card."""
+    """True if one small operation ran on every card that this process may use."""
     problem: str
     """What is wrong; may be said while `ok`, when a card stands idle."""
     remedy: str
@@ -115,9 +115,7 @@ def preflight() -> Preflight:
 
     if torch.cuda.is_available():
         return _preflight_cuda()
-    if torch.backends.mps.is_available():
-        return _preflight_mps()
-    idle_card = torch.version.cuda is None and shutil.which("nvidia-smi") is not None
+    problem, remedy = _idle_card()
     return Preflight(
         device="cpu",
         num_devices=1,
@@ -126,9 +124,20 @@ def preflight() -> Preflight:
         arch_list=(),
         total_memory_bytes=_machine_memory_bytes(),
         ok=True,
-        problem="an NVIDIA driver is here, but this torch build is for the CPU" if idle_card else "",
-        remedy=INSTALL_FOR_NEW_CARD if idle_card else "",
+        problem=problem,
+        remedy=remedy,
     )
+
+
+def _idle_card() -> tuple[str, str]:
+    """(problem, remedy) of a card that is here and not used; two empty strings where there is none."""
+    import torch
+
+    if torch.backends.mps.is_available():
+        return "the Apple GPU has no float64, which kdkit's sums need: running on the CPU", ""
+    if torch.version.cuda is None and shutil.which("nvidia-smi") is not None:
+        return "an NVIDIA driver is here, but this torch build is for the CPU", INSTALL_FOR_NEW_CARD
+    return "", ""
 
 
 def _preflight_cuda() -> Preflight:
@@ -137,7 +146,7 @@ def _preflight_cuda() -> Preflight:
     num_devices = torch.cuda.device_count()
     arch_list = tuple(torch.cuda.get_arch_list())
     problem = remedy = ""
-    for index in range(num_devices):
+    for index in _own_cards(num_devices):
         problem, remedy = _cuda_problem(index, arch_list)
         if problem:
             break
@@ -153,6 +162,12 @@ def _preflight_cuda() -> Preflight:
         problem=problem,
         remedy=remedy,
     )
+
+
+def _own_cards(num_devices: int) -> Sequence[int]:
+    """The card of this process where a launcher gave it one: probing the others would take memory on each."""
+    rank = os.environ.get("LOCAL_RANK", "")
+    return [int(rank)] if rank.isdecimal() and int(rank) < num_devices else range(num_devices)
 
 
 def _cuda_problem(index: int, arch_list: Sequence[str]) -> tuple[str, str]:
@@ -174,21 +189,6 @@ def _cuda_problem(index: int, arch_list: Sequence[str]) -> tuple[str, str]:
             f"free the card or restart the session; if it stays: {install_line(capability)}",
         )
     return "", ""
-
-
-def _preflight_mps() -> Preflight:
-    failure = _operation_failure("mps")
-    return Preflight(
-        device="mps",
-        num_devices=1,
-        name=platform.processor() or platform.machine(),
-        capability=None,
-        arch_list=(),
-        total_memory_bytes=_machine_memory_bytes(),
-        ok=not failure,
-        problem=f"a 64 x 64 matrix product failed on mps: {failure}" if failure else "",
-        remedy="use the CPU" if failure else "",
-    )
 
 
 def _operation_failure(device: str) -> str:
@@ -228,27 +228,6 @@ def usable_dtype(device: DeviceType, capability: Capability | None) -> DtypeChoi
 # --- room ---
 
 
-def free_bytes(path: str | Path) -> int:
-    """Bytes that this user may still write on the disk of `path`, which need not exist yet."""
-    absolute = Path(path).expanduser().resolve()
-    existing = next(place for place in (absolute, *absolute.parents) if place.exists())
-    return shutil.disk_usage(existing).free
-
-
-def check_disk(path: str | Path, needed_bytes: int) -> None:
-    """Refuse to begin what cannot be written.
-
-    Raises:
-        UserError: less than `needed_bytes` is free on the disk of `path`.
-    """
-    free = free_bytes(path)
-    if free < needed_bytes:
-        raise UserError(
-            f"{path} has {free / GIB:.2f} GiB free and {needed_bytes / GIB:.2f} GiB are needed: delete old"
-            " checkpoints, keep fewer of them, or choose a folder on another disk"
-        )
-
-
 def _machine_memory_bytes() -> int:
     """Physical memory, 0 where the system does not say."""
     names = os.sysconf_names if sys.platform != "win32" else {}
@@ -257,12 +236,15 @@ def _machine_memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def thread_count() -> int:
-    """Processors that this process may use, which in a container are fewer than the machine has."""
+def thread_count(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Processors that this process may use, which in a container are fewer than the machine has.
+
+    Args:
+        quota: the control group's file, "<microseconds or max> <period>"; need not be there.
+    """
     if sys.platform != "linux":
         return os.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0))
-    quota = Path("/sys/fs/cgroup/cpu.max")
     limit, _, period = quota.read_text().partition(" ") if quota.is_file() else ("max", "", "")
     return allowed if limit == "max" else max(1, min(allowed, round(int(limit) / int(period))))
 
@@ -393,47 +375,3 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-
-@dataclass(frozen=True)
-class KagglePaths:
-    """Where things lie in a Kaggle session."""
-
-    run_type: str
-    """"Interactive" or "Batch" (saved version, no front end)."""
-    input_dir: Path = Path("/kaggle/input")
-    """Attached data sets, models and outputs of earlier versions; read-only."""
-    working_dir: Path = Path("/kaggle/working")
-    """Kept with the version, 20 GB."""
-    scratch_dir: Path = Path("/kaggle/tmp")
-    """Lost with the session, about 60 GB."""
-
-
-def kaggle_paths() -> KagglePaths | None:
-    """The paths of this Kaggle session, or None anywhere else."""
-    run_type = os.environ.get("KAGGLE_KERNEL_RUN_TYPE")
-    return KagglePaths(run_type) if run_type else None
-
-
-def find_input(name: str, *, root: str | Path = "/kaggle/input") -> Path:
-    """The file or folder called `name` anywhere under `root`.
-
-    Where Kaggle mounts an input has changed and depends on its kind, so that no fixed path holds.
-
-    Args:
-        name: a file or folder name, or a pattern such as "*.safetensors" or "run-1/config.yaml".
-        root: where to look.
-    Returns:
-        The match nearest to `root`; the first in alphabetical order if several are equally near.
-    Raises:
-        UserError: nothing is called so; the message lists what is attached.
-    """
-    root = Path(root)
-    matches = sorted(root.rglob(name), key=lambda path: (len(path.parts), str(path)))
-    if not matches:
-        attached = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
-        raise UserError(
-            f"nothing called {name!r} under {root}; attached: {', '.join(attached) or 'nothing'}."
-            " Attach it with 'Add Input', or correct the name"
-        )
-    return matches[0]

@@ -15,6 +15,7 @@ from tiny import make_pair, tiny_config
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from kdkit import cli
+from kdkit.config import demo_folder
 
 SHARED_ROWS = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -186,14 +187,25 @@ class TestCache:
         rows = [{"prompt": f"Count to {n}", "completion": "ok" if n % 2 else ""} for n in range(5)]
         data = tmp_path / "rows.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        config = write_config(tmp_path, tiny_config(pair, f"data.train={data}"))
+        tree = tiny_config(pair | {"teacher": str(demo_folder() / "teacher")}, f"data.train={data}")
+        config = write_config(tmp_path, tree)
         out = tmp_path / "answers.jsonl"
-        code, _, err = kdkit("cache", config, "--generate", "--output", out)
+        options = ("--generate", "--output", out, "--set", "evaluation.max_new_tokens=40")
+        code, _, err = kdkit("cache", config, *options)
         assert code == 0, err
-        assert "answers without an end" in err
         written = [json.loads(line) for line in out.read_text().splitlines()]
+        assert len(written) > 2
         assert all(row["ended"] and row["completion"].strip() for row in written)
+        assert [row["references"] for row in written].count([]) > 0
         assert not list(tmp_path.glob("*.partial"))
+
+        whole = out.read_bytes()
+        lines = whole.decode().splitlines(keepends=True)
+        out.unlink()
+        (tmp_path / "answers.jsonl.partial").write_text("".join(lines[:2]) + '{"prompt": "cut o')  # what a kill leaves
+        assert kdkit("cache", config, *options)[0] == 2
+        assert kdkit("cache", config, *options, "--resume")[0] == 0
+        assert out.read_bytes() == whole
 
     def test_refuses_to_overwrite(self, kdkit, pair, tmp_path):
         config = write_config(tmp_path, tiny_config(pair))

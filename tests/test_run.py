@@ -24,7 +24,7 @@ STAGES = (
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    return make_pair(tmp_path_factory.mktemp("pair"))
+    return make_pair(tmp_path_factory.mktemp("pair"), dropout=0.2)
 
 
 @pytest.fixture(scope="module")

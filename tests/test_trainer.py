@@ -185,8 +185,8 @@ class TestEvaluate:
         assert figures["eval_cross_entropy"] > 20
         assert figures["eval_perplexity"] == pytest.approx(math.exp(figures["eval_cross_entropy"]), rel=1e-9)
 
-    def test_on_or_off_the_weights_are_the_same(self, pair, tmp_path):
-        weights = []
+    def test_on_or_off_the_weights_are_the_same(self, tmp_path):
+        pair, weights = make_pair(tmp_path, dropout=0.2), []
         for every in (0, 1):
             trainer = build_trainer(tiny_config(pair), tmp_path / str(every))
             trainer.generate = None
@@ -230,6 +230,15 @@ class TestNonfinite:
         with pytest.raises(RunFailed, match="the gradient's norm is inf although the loss is finite"):
             trainer.train()
 
+    def test_a_loss_scale_that_never_helps_stops_with_its_name(self, pair, tmp_path):
+        """Under fp16 the scaler skips such steps by itself, for ever, with plausible losses in the log."""
+        trainer = build_trainer(tiny_config(pair, max_steps=40), tmp_path)
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        trainer.model.student.lm_head.weight.register_hook(lambda gradient: gradient * math.nan)
+        with pytest.raises(RunFailed, match="no loss scale gives a finite gradient"):
+            trainer.train()
+        assert trainer.num_skipped_steps > 1
+
     def test_skip_leaves_weights_alone_and_counts(self, pair, tmp_path):
         config = tiny_config(pair, "objective.on_nonfinite=skip", scheduler="constant", warmup_steps=0)
         trainer = build_trainer(config, tmp_path)
@@ -260,6 +269,35 @@ class TestCheckpoint:
             trainer.train()
         assert trainer.state.global_step == 0
         assert rows_of(trainer) == []
+
+    def test_a_save_that_fails_stops_before_step_1(self, pair, tmp_path):
+        trainer = build_trainer(tiny_config(pair), tmp_path)
+        trainer._save = mock.Mock(side_effect=OSError("no space left"))
+        with pytest.raises(RunFailed, match="step 0: the checkpoint could not be written"):
+            trainer.train()
+        assert rows_of(trainer) == []
+        assert not (tmp_path / ".staging").exists()
+
+    def test_a_model_with_other_names_on_disk_than_in_memory_resumes(self, pair, tmp_path):
+        """Mixture-of-experts models are stored expert by expert and held as one tensor."""
+        from shutil import copytree
+
+        from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+        folder = copytree(pair["student"], tmp_path / "moe")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_local_experts": 2}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": None}
+        MixtralForCausalLM(
+            MixtralConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes, **heads)
+        ).save_pretrained(folder)
+        config = tiny_config(pair | {"student": str(folder)}, objective={"kd": {"weight": 1}}, max_steps=2)
+        trained, _ = gradients_of(config, tmp_path / "run")
+        again = build_trainer(config, tmp_path / "again")
+        again._load_from_checkpoint(str(tmp_path / "run" / "checkpoint-2"))
+        theirs = trained.model.student.state_dict()
+        assert all(torch.equal(value, theirs[name]) for name, value in again.model.student.state_dict().items())
 
     def test_saving_comes_before_evaluation(self, pair, tmp_path):
         trainer = build_trainer(tiny_config(pair, max_steps=1), tmp_path)

@@ -27,7 +27,7 @@ ALL_TERMS = {
 }
 
 
-def save_llama(folder: Path, *, hidden_size: int, seed: int, num_layers: int = 1) -> Path:
+def save_llama(folder: Path, *, hidden_size: int, seed: int, num_layers: int = 1, dropout: float = 0.0) -> Path:
     """A random Llama with the demo's tokenizer."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(demo_folder() / "teacher")
@@ -43,6 +43,7 @@ def save_llama(folder: Path, *, hidden_size: int, seed: int, num_layers: int = 1
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
         tie_word_embeddings=True,
+        attention_dropout=dropout,
         initializer_range=0.2,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -50,11 +51,11 @@ def save_llama(folder: Path, *, hidden_size: int, seed: int, num_layers: int = 1
     return folder
 
 
-def make_pair(folder: Path) -> dict[str, str]:
-    """A teacher and a student of different widths."""
+def make_pair(folder: Path, *, dropout: float = 0.0) -> dict[str, str]:
+    """A teacher and a student of different widths; with dropout the student's training draws random numbers."""
     return {
         "teacher": str(save_llama(folder / "teacher", hidden_size=24, seed=1)),
-        "student": str(save_llama(folder / "student", hidden_size=16, seed=2)),
+        "student": str(save_llama(folder / "student", hidden_size=16, seed=2, dropout=dropout)),
     }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from kdkit.data.rows import load_rows
-from kdkit.evaluation import GenerationSettings, evaluate_model, paired_difference
+from kdkit.evaluation import Evaluation, GenerationSettings, evaluate_model, paired_difference
 from kdkit.loading import load_model, load_tokenizer
 from kdkit.runtime import preflight
 
@@ -20,8 +20,8 @@ def measure_model(
     template: str = "alpaca",
     limit: int | None = None,
     seeds: int | None = None,
-) -> dict[str, float]:
-    """Figures of one model on rows with answers.
+) -> dict[str, float | None]:
+    """Figures of one model on rows with answers; says on stderr which rows were left out or cut.
 
     Args:
         path: folder or hub name of the model.
@@ -37,22 +37,35 @@ def measure_model(
     tokenizer = load_tokenizer(path)
     rows = load_rows(data, template=template, limit=limit, tokenizer=tokenizer)
     model = load_model(path, dtype=torch.float32, device=preflight().device)
+    if rows.report.dropped:
+        print(f"{path}: {rows.report}", file=sys.stderr)
     if seeds is None:
-        return evaluate_model(model, tokenizer, rows, settings).summary()
-    summaries = []
+        evaluation = evaluate_model(model, tokenizer, rows, settings)
+        _say_dropped(path, evaluation)
+        return evaluation.summary()
+    evaluations = []
     for seed in range(10, 10 * (seeds + 1), 10):
         print(f"{path}: sampling with seed {seed}", file=sys.stderr)
         sampled = replace(settings, sampling_temperature=1.0, seed=seed)
-        summaries.append(evaluate_model(model, tokenizer, rows, sampled).summary())
-    return _over_seeds(summaries)
+        evaluations.append(evaluate_model(model, tokenizer, rows, sampled))
+    _say_dropped(path, evaluations[0])
+    return _over_seeds([evaluation.summary() for evaluation in evaluations])
 
 
-def _over_seeds(summaries: list[dict[str, float]]) -> dict[str, float]:
-    """Means over seeds; the intervals of sampled figures are over seeds too, where there are several."""
-    figures = {name: sum(s[name] for s in summaries) / len(summaries) for name in summaries[0]}
-    for name in ("rouge_l", "exact_match"):
-        values = [summary[name] for summary in summaries]
-        if len(values) > 1:
+def _say_dropped(path: str, evaluation: Evaluation) -> None:
+    if evaluation.dropped:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in evaluation.dropped.items())
+        num_given = len(evaluation.predictions)
+        print(f"{path}: {evaluation.num_rows} of {num_given} rows measured ({reasons})", file=sys.stderr)
+
+
+def _over_seeds(summaries: list[dict[str, float | None]]) -> dict[str, float | None]:
+    """Means over seeds, None where one is; the intervals of sampled figures are over seeds too, where there are several."""
+    figures: dict[str, float | None] = {}
+    for name in summaries[0]:
+        values = [value for summary in summaries if (value := summary[name]) is not None]
+        figures[name] = sum(values) / len(values) if len(values) == len(summaries) else None
+        if name in ("rouge_l", "exact_match") and len(values) > 1:
             interval = paired_difference(values, [0.0] * len(values))
             figures |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
     return figures | {"seeds": len(summaries)}
