@@ -136,7 +136,8 @@ def cache(config: str, overrides: tuple[str, ...], output: Path, generate: bool,
 
     with StopRequest().on_signals() as stop:
         count = write_teacher_answers(settings, output, resume=resume, progress=stop.check)
-    click.echo(f"{count} answers in {output}; train on them with --set data.train={output}", err=True)
+    click.echo(f"{count} answers in {output}; train on them with", err=True)
+    click.echo(f"  --set data.train={output} --set 'data.train_template=\"{{instruction}}\"'", err=True)
 
 
 def main() -> None:

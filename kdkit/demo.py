@@ -1,11 +1,11 @@
 """The embedded default from start to end: a teacher, and three students of the same start and number of steps.
 
-    sft             labels only
-    warm_start      labels only, a third of the steps: where both students below begin
-    kd              + the teacher's distributions, for the rest of the steps
-    kd_dtw          + its last hidden states, aligned word by word
+    sft       learns from 500 labels, all there are
+    kd        learns from the teacher's distributions, on the teacher's own answers to 4,500 prompts
+    kd_dtw    learns from its last hidden states too, aligned word by word
 
-Every student sees the same rows in the same number of optimizer steps, warm start included.
+Labels are scarce and prompts are not: that is where a teacher has something to give. Every student takes the same
+number of optimizer steps of the same size.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,6 @@ from kdkit.training.folder import CONFIG_FILE
 from kdkit.training.run import RunResult, run_distillation
 
 NUM_STEPS = 300
-NUM_WARM_START_STEPS = 100
 NAMES = {"sft": "SFT student", "kd": "KD student", "kd_dtw": "KD + DTW student"}
 
 
@@ -37,7 +36,7 @@ def run_demo(output: Path, *, resume: bool = False, stop: StopRequest | None = N
     """Distil the embedded teacher and compare.
 
     Args:
-        output: folder of the four runs and the report; new, or with `resume` one that holds a stopped demo.
+        output: folder of the three runs and the report; new, or with `resume` one that holds a stopped demo.
         resume: continue where a demo was stopped.
         stop: asked between steps whether to stop.
     Returns:
@@ -45,7 +44,7 @@ def run_demo(output: Path, *, resume: bool = False, stop: StopRequest | None = N
     Raises:
         UserError, RunFailed, Interrupted: as `run_distillation`.
     """
-    results = {name: _run(name, tree, output, resume=resume, stop=stop) for name, tree in _plan(output).items()}
+    results = {name: _run(name, tree, output, resume=resume, stop=stop) for name, tree in _plan().items()}
     comparison: list[dict[str, float | str]] = [{"model": "teacher", **results["sft"].evaluations["teacher"]}]
     comparison += [
         {"model": label, "steps": NUM_STEPS, **results[name].evaluations["student"]} for name, label in NAMES.items()
@@ -54,22 +53,18 @@ def run_demo(output: Path, *, resume: bool = False, stop: StopRequest | None = N
     return DemoResult(comparison, report)
 
 
-def _plan(output: Path) -> dict[str, dict[str, JsonValue]]:
+def _plan() -> dict[str, dict[str, JsonValue]]:
     """The runs, in order, each as what it lays over the preset `demo`."""
-    distil: dict[str, JsonValue] = {
-        "student": {"path": str(output / "warm_start" / "model"), "from_scratch": False},
-        "optim": {"max_steps": NUM_STEPS - NUM_WARM_START_STEPS, "learning_rate": 2e-3},
-        "evaluation": {"before": False},
+    optim: dict[str, JsonValue] = {"max_steps": NUM_STEPS}
+    answers: dict[str, JsonValue] = {
+        "train": "${demo}/teacher_answers.jsonl",
+        "train_rows": None,
+        "train_template": "{instruction}",
     }
     return {
-        "sft": {"preset": ["demo", "sft"], "optim": {"max_steps": NUM_STEPS}, "evaluation": {"teacher": True}},
-        "warm_start": {
-            "preset": ["demo", "sft"],
-            "optim": {"max_steps": NUM_WARM_START_STEPS},
-            "data": {"test": None, "validation_rows": 32},
-        },
-        "kd": {"preset": ["demo", "fkl"], **distil},
-        "kd_dtw": {"preset": ["demo", "fkl-dtw"], **distil},
+        "sft": {"preset": ["demo", "sft"], "optim": optim, "evaluation": {"teacher": True}},
+        "kd": {"preset": ["demo", "fkl"], "optim": optim, "data": answers},
+        "kd_dtw": {"preset": ["demo", "fkl-dtw"], "optim": optim, "data": answers},
     }
 
 

@@ -111,7 +111,7 @@ class TestPlotTraining:
 
     def test_every_axis_is_labelled(self):
         axes = plot_training(kd_rows()).axes
-        assert [a.get_ylabel() for a in axes] == ["loss (nats per token)", "weight", "learning\nrate"]
+        assert [a.get_ylabel() for a in axes] == ["loss per token", "weight", "learning\nrate"]
         assert axes[-1].get_xlabel() == "optimizer steps"
 
     def test_refuses_rows_without_training(self):
@@ -182,6 +182,11 @@ class TestPlotComparison:
     def test_the_title_tells_how_much_of_the_gap_is_closed(self, rows):
         assert title(plot_comparison(rows)) == "KD closes 62 % of the ROUGE-L gap between SFT and the teacher"
 
+    @pytest.mark.parametrize(("seeds", "over"), [(1, "rows"), (5, "sampling seeds")])
+    def test_says_what_the_intervals_are_over(self, seeds, over):
+        figure = plot_comparison([model_row("KD", 3.0, seeds=seeds)])
+        assert figure.get_supxlabel() == f"dots: values; bars: 95 % intervals over {over}"
+
     def test_a_metric_that_nobody_has_gets_no_panel(self):
         assert len(plot_comparison([model_row("KD", 3.0)]).axes) == 1
 
@@ -228,6 +233,10 @@ class TestComparisonFinding:
                 "The student reaches 80 % of the teacher's ROUGE-L",
             ),
             ([model_row("student", 24.0)], "The student reaches 24.0 ROUGE-L"),
+            (
+                [{"model": "SFT", "rouge_l": 20.0}, model_row("KD", 24.0)],
+                "KD is 4.0 ROUGE-L points above SFT, with no interval to judge it by",
+            ),
             ([model_row("teacher", 24.0)], "No student was measured by ROUGE-L"),
         ],
     )

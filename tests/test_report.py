@@ -125,6 +125,12 @@ class TestWriteReport:
         assert "<script" not in path.read_text(encoding="utf-8")
         assert Page(path).text.count(evil) == 15
 
+    @pytest.mark.parametrize(("seeds", "over"), [(None, "rows."), (1, "rows."), (5, "sampling seeds, that of perplex")])
+    def test_says_what_the_intervals_are_over(self, tmp_path, seeds, over):
+        rows = [model_row("a", 20.0), model_row("b", 24.0, **({"seeds": seeds} if seeds else {}))]
+        text = Page(write_report(tmp_path / "r.html", rows, title="t")).text
+        assert f"Below each value stands its 95 % interval over {over}" in text
+
     def test_leaves_out_sections_that_have_nothing(self, tmp_path):
         text = Page(write_report(tmp_path / "r.html", ROWS, title="t")).text
         for heading in ("Figures", "Examples", "Rows", "Settings", "Environment"):
@@ -261,6 +267,27 @@ class TestComparisonTable:
         assert "perplexity" not in text
         assert "steps" not in text
         assert text.count("–") == 2
+
+    @pytest.mark.parametrize(("seeds", "over"), [(1, "rows"), (3, "sampling seeds")])
+    def test_one_seed_has_no_interval_over_seeds(self, seeds, over):
+        assert f"95 % interval over {over}\n" in re.sub(" *\n", "\n", self.render([model_row("a", 1.0, seeds=seeds)]))
+
+    def test_rows_are_counted_where_models_differ_in_them(self):
+        same = [model_row("student", 26.0, steps=300, num_rows=250), model_row("teacher", 30.0, num_rows=250)]
+        assert "rows" not in self.render(same).splitlines()[1]
+        lines = self.render([same[0], same[1] | {"num_rows": 249.0}]).splitlines()
+        assert max(map(len, lines)) <= 80
+        assert "rows" in lines[1].split()
+        assert lines[3].split()[:3] == ["student", "300", "250"]
+        assert lines[5].split()[:3] == ["teacher", "–", "249"]
+
+    def test_a_perplexity_that_json_could_not_hold_is_infinite(self):
+        row = {"model": "a", "perplexity": None, "perplexity_low": 1e300, "perplexity_high": None}
+        bounds = {"cross_entropy": 800.0, "cross_entropy_low": 690.8, "cross_entropy_high": 900.0}
+        text = self.render([row | bounds, {"model": "b", "rouge_l": 1.0}])
+        assert "∞" in text
+        assert "(1.0e+300–∞)" in text
+        assert text.count(" – ") + text.count(" –\n") == 2  # what was not measured
 
     def test_a_point_interval_is_not_shown_and_infinity_is(self):
         row = {"model": "a", "exact_match": 0.0, "exact_match_low": 0.0, "exact_match_high": 0.0}

@@ -217,6 +217,9 @@ class TestBadFiles:
         [
             ("a.jsonl", b"", "is empty"),
             ("a.csv", b" \n\n", "is empty"),
+            ("a.csv", b"\xef\xbb\xbf", "is empty"),
+            ("a.json", b"[" * 100_000, "nests too deeply"),
+            ("a.json", b'[{"prompt": ' + b"1" * 5000 + b"}]", "more than 4,300 digits"),
             ("a.parquet", b"", "is empty"),
             ("a.jsonl", bytes(range(256)), "binary data"),
             ("a.jsonl", b"<!DOCTYPE html><html>404</html>", "an HTML or XML page"),
@@ -245,6 +248,8 @@ class TestBadFiles:
             ("a.jsonl", b'{"prompt": "Q"}\n"text"\n', 2, "one JSON object per line"),
             ("a.jsonl", b'[{"prompt": "Q"}]\n', 1, "belongs in a .json file"),
             ("a.jsonl", b'{"prompt": "Q"}\n{"prompt": "caf\xe9"}\n', 2, "not UTF-8 (byte 0xe9)"),
+            ("a.jsonl", b'{"prompt": "Q"}\n' + b"[" * 100_000 + b"\n", 2, "nests too deeply"),
+            ("a.jsonl", b'{"prompt": "Q"}\n{"prompt": ' + b"1" * 5000 + b"}\n", 2, "more than 4,300 digits"),
             ("a.jsonl", b"prompt,completion\nQ,A\n", 1, "one JSON object per line"),
             ("a.json", b'[{"prompt": "Q"},\n {"prompt" "R"}]', 2, "not valid JSON"),
             ("a.json", b'{"prompt": "Q"}\n{"prompt": }\n', 2, "one JSON object per line"),
@@ -266,6 +271,15 @@ class TestBadFiles:
         path = tmp_path / "a.json"
         path.write_bytes(content)
         assert "expected" in message_of(path)
+
+    @pytest.mark.parametrize("refusing", ["open", "stat"])
+    def test_a_file_that_may_not_be_read(self, jsonl, monkeypatch, refusing):
+        def refuse(*args, **kwargs):
+            raise PermissionError(13, "Permission denied")
+
+        path = jsonl(*ALPACA)
+        monkeypatch.setattr(Path, refusing, refuse)
+        assert message_of(path) == f"'{path}' cannot be read: Permission denied"
 
     def test_csv_in_another_encoding(self, tmp_path):
         path = tmp_path / "a.csv"
@@ -417,7 +431,9 @@ class TestTemplates:
         row = {"instruction": "{input} {0}", "input": "{x}", "output": "y"}
         assert load_rows(jsonl(row), template="{instruction}|{input}").dataset[0]["prompt"] == ("{input} {0}|{x}")
 
-    @pytest.mark.parametrize("template", ["alpca", "no field", "{instruction} {topic}", "{input}", "{"])
+    @pytest.mark.parametrize(
+        "template", ["alpca", "no field", "{instruction} {topic}", "{input}", "{", "{instruction:d}", "{instruction!r}"]
+    )
     def test_an_unknown_template(self, jsonl, template):
         message = message_of(jsonl(*ALPACA), template=template)
         assert "alpaca, plain, chat" in message

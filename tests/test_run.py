@@ -100,6 +100,16 @@ class TestResume:
         with pytest.raises(UserError, match=r"objective\.dtw\.gamma: 0\.1 there, 0\.5 given"):
             run_distillation(changed, uninterrupted[0], resume=True)
 
+    def test_refuses_another_precision_or_number_of_processes(self, config, uninterrupted, tmp_path):
+        """A checkpoint with a loss scaler cannot go on without one, and another row order is another run."""
+        from shutil import copytree
+
+        folder = copytree(uninterrupted[0], tmp_path / "run")
+        written = json.loads((folder / "environment.json").read_text())
+        (folder / "environment.json").write_text(json.dumps(written | {"precision": "float16"}))
+        with pytest.raises(UserError, match="began with precision float16, and here it is float32"):
+            run_distillation(config, folder, resume=True)
+
     def test_refuses_a_folder_without_a_run(self, config, tmp_path):
         with pytest.raises(UserError, match="holds no run to resume"):
             run_distillation(config, tmp_path / "none", resume=True)

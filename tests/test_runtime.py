@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,6 +126,26 @@ class TestPreflight:
         assert not found.ok
         assert "out of memory" in found.problem
 
+    def test_a_process_of_several_looks_at_its_own_card_alone(self, simulate_cards, monkeypatch):
+        """Each of N processes probed all N cards: N x N contexts of some 400 MiB."""
+        simulate_cards([(8, 0), (8, 0), (8, 0)], arch_list=TORCH_28_CU128)
+        probed = []
+        monkeypatch.setattr(runtime, "_operation_failure", lambda device: probed.append(device) or "")
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        assert runtime.preflight().ok
+        assert probed == ["cuda:1"]
+        monkeypatch.setenv("LOCAL_RANK", "3")  # more processes than cards
+        assert runtime.preflight().num_devices == 3
+        assert probed == ["cuda:1", "cuda:0", "cuda:1", "cuda:2"]
+
+    def test_an_apple_gpu_is_left_alone(self, monkeypatch):
+        """It has no float64: every run crashed at its first sum."""
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+        found = runtime.preflight()
+        assert (found.device, found.ok, found.num_devices) == ("cpu", True, 1)
+        assert found.problem == "the Apple GPU has no float64, which kdkit's sums need: running on the CPU"
+
     def test_a_driver_under_a_cpu_build_is_pointed_out(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -155,9 +174,8 @@ class TestUsableDtype:
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *given, **named: True)
         assert runtime.usable_dtype("cuda", (7, 5)).dtype == "float16"
 
-    @pytest.mark.parametrize("device", ["cpu", "mps"])
-    def test_no_card_computes_in_float32(self, device):
-        assert runtime.usable_dtype(device, None).dtype == "float32"
+    def test_no_card_computes_in_float32(self):
+        assert runtime.usable_dtype("cpu", None).dtype == "float32"
 
     def test_the_reason_names_the_capability(self):
         assert "7.5" in runtime.usable_dtype("cuda", (7, 5)).reason
@@ -167,22 +185,19 @@ class TestUsableDtype:
             runtime.usable_dtype("cuda", None)
 
 
-class TestCheckDisk:
-    def test_free_bytes_of_a_folder_that_is_not_there_yet(self, tmp_path):
-        assert runtime.free_bytes(tmp_path / "not" / "yet") == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05)
-
-    def test_enough_room_passes(self, tmp_path):
-        runtime.check_disk(tmp_path, 1)
-
-    def test_too_little_room_names_both_numbers(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(runtime, "free_bytes", lambda path: 3 * GIB)
-        with pytest.raises(UserError, match=r"3\.00 GiB free and 4\.50 GiB are needed"):
-            runtime.check_disk(tmp_path, 9 * GIB // 2)
-
-
 class TestThreadCount:
     def test_is_what_a_process_may_use(self):
         assert 1 <= runtime.thread_count() <= len(os.sched_getaffinity(0))
+
+    @pytest.mark.parametrize(
+        ("content", "count"), [("150000 100000\n", 2), ("max 100000\n", 8), ("20000 100000\n", 1), (None, 8)]
+    )
+    def test_a_container_may_have_less(self, tmp_path, monkeypatch, content, count):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+        quota = tmp_path / "cpu.max"
+        if content is not None:
+            quota.write_text(content)
+        assert runtime.thread_count(quota) == count
 
 
 def draw_everything():
@@ -285,38 +300,3 @@ class TestEnvironment:
         assert found["torch"] == torch.__version__
         assert found["python"] == ".".join(map(str, sys.version_info[:3]))
         assert {"kdkit", "transformers", "datasets", "accelerate", "device", "num_threads"} <= set(found)
-
-
-class TestKagglePaths:
-    def test_is_none_elsewhere(self, monkeypatch):
-        monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
-        assert runtime.kaggle_paths() is None
-
-    def test_says_how_the_notebook_runs(self, monkeypatch):
-        monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-        paths = runtime.kaggle_paths()
-        assert paths.run_type == "Batch"
-        assert paths.working_dir == Path("/kaggle/working")
-
-
-class TestFindInput:
-    @pytest.mark.parametrize("mount", ["my-rows", "datasets/owner/my-rows"])
-    def test_finds_a_file_wherever_it_is_mounted(self, tmp_path, mount):
-        folder = tmp_path / mount
-        folder.mkdir(parents=True)
-        (folder / "train.jsonl").touch()
-        assert runtime.find_input("train.jsonl", root=tmp_path) == folder / "train.jsonl"
-
-    def test_the_nearest_match_wins(self, tmp_path):
-        for place in ("a/b/c", "z"):
-            (tmp_path / place / "marker").mkdir(parents=True)
-        assert runtime.find_input("marker", root=tmp_path) == tmp_path / "z" / "marker"
-
-    def test_nothing_found_lists_what_is_attached(self, tmp_path):
-        (tmp_path / "other-rows").mkdir()
-        with pytest.raises(UserError, match="other-rows"):
-            runtime.find_input("train.jsonl", root=tmp_path)
-
-    def test_no_input_folder_at_all(self, tmp_path):
-        with pytest.raises(UserError, match="attached: nothing"):
-            runtime.find_input("train.jsonl", root=tmp_path / "kaggle")

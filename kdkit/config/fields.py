@@ -84,6 +84,8 @@ class DataConfig(_Part):
     """Names of the columns where they are not found by themselves, for instance {instruction: question}."""
     template: str = "alpaca"
     """alpaca, plain, chat, or a format string with {instruction} and {input}."""
+    train_template: str | None = None
+    """Of the training rows where it is another one: "{instruction}" for what `kdkit cache --generate` wrote."""
     max_length: Count = 512
     """Tokens of prompt and answer together; longer answers are cut. DistiLLM: 512."""
     max_prompt_length: Count = 256

@@ -40,7 +40,7 @@ class GenerationSettings:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: at least 1 is allowed")
         if not 0 <= self.sampling_temperature < math.inf:
-            raise UserError(f"sampling_temperature={self.sampling_temperature}: 0 (greedy) or a number above is allowed")
+            raise UserError(f"sampling_temperature={self.sampling_temperature}: 0 (greedy) or more is allowed")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p}: above 0 and at most 1 is allowed")
 

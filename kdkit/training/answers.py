@@ -28,9 +28,9 @@ def write_teacher_answers(
 ) -> int:
     """Have the teacher answer every training prompt, rows without an answer included.
 
-    The file has one `{"prompt", "completion", "ended", "references"}` a line, in the order of the rows; train on it
-    with `data.train=FILE` and a template of `{instruction}`. Answers that were cut at `evaluation.max_new_tokens` keep
-    `ended` false and are left out, since they would teach the student not to stop.
+    The file has one `{"prompt", "completion", "ended"}` a line, in the order of the rows; train on it
+    with `data.train=FILE` and `data.train_template="{instruction}"`. Answers that were cut at
+    `evaluation.max_new_tokens` are left out, since they would teach the student not to stop.
 
     Args:
         config: names teacher, rows and how to decode (`evaluation`).
@@ -104,20 +104,15 @@ def _answer_portions(
             seed=config.seed + start,
         )
         answers = generate_answers(model, tokenizer, portion["prompt"], decoding, progress=progress)
-        _append(partial, portion["prompt"], portion["references"], answers)
+        _append(partial, portion["prompt"], answers)
         print(f"{start + len(portion)}/{len(rows)} prompts answered", file=sys.stderr)
 
 
-def _append(partial: Path, prompts: list[str], references: list[list[str]], answers: list[Answer]) -> None:
+def _append(partial: Path, prompts: list[str], answers: list[Answer]) -> None:
     """Write a portion."""
     with partial.open("a", encoding="utf-8") as file:
-        for prompt, reference, answer in zip(prompts, references, answers, strict=True):
-            record = {
-                "prompt": prompt,
-                "completion": answer.text,
-                "ended": answer.ended,
-                "references": reference,
-            }
+        for prompt, answer in zip(prompts, answers, strict=True):
+            record = {"prompt": prompt, "completion": answer.text, "ended": answer.ended}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 

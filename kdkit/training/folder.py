@@ -52,22 +52,25 @@ class RunFolder:
         """Folder of a stage."""
         return self.path / "stages" / name
 
-    def open(self, config: DistillConfig, *, rows: Mapping[str, RowsUsed], resume: bool) -> None:
+    def open(
+        self, config: DistillConfig, *, rows: Mapping[str, RowsUsed], setup: Mapping[str, str | int], resume: bool
+    ) -> None:
         """Make the folder for a new run, or check that it holds this very run.
 
         Args:
             config: the run that is about to start.
             rows: which rows it reads, for rows.json.
+            setup: what of the machine changes the arithmetic (precision, processes), for environment.json.
             resume: continue what is there.
         Raises:
             UserError: the folder holds something and `resume` is off; or there is nothing to resume; or the run in it
-                has other settings or read other rows (each is named).
+                has other settings, read other rows or had another setup (each is named).
         """
         config_file, rows_file = self.path / CONFIG_FILE, self.path / "rows.json"
         if not resume:
             self._refuse_occupied()
             self.path.mkdir(parents=True, exist_ok=True)
-            write_text(self.path / "environment.json", json.dumps(environment(), indent=1))
+            write_text(self.path / "environment.json", json.dumps(environment() | dict(setup), indent=1))
             write_text(rows_file, json.dumps(rows, indent=1))
             write_text(config_file, dump_config(config))  # last: with it the folder holds a run
             return
@@ -79,6 +82,13 @@ class RunFolder:
                 f"{self.path} holds a run with other settings:\n  " + "\n  ".join(changes) + "\n"
                 "Resume it with its own config, or give a new --output"
             )
+        begun_with = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
+        for name, value in setup.items():
+            if begun_with.get(name) != value:
+                raise UserError(
+                    f"the run in {self.path} began with {name} {begun_with.get(name)}, and here it is {value}: "
+                    "resume it on a setup like that, or give a new --output"
+                )
         held = json.loads(rows_file.read_text(encoding="utf-8"))
         changed = [name for name in rows if held.get(name, {}).get("sha256") != rows[name]["sha256"]]
         if changed:

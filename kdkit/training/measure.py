@@ -60,12 +60,14 @@ def _say_dropped(path: str, evaluation: Evaluation) -> None:
 
 
 def _over_seeds(summaries: list[dict[str, float | None]]) -> dict[str, float | None]:
-    """Means over seeds, None where one is; the intervals of sampled figures are over seeds too, where there are several."""
-    figures: dict[str, float | None] = {}
-    for name in summaries[0]:
-        values = [value for summary in summaries if (value := summary[name]) is not None]
-        figures[name] = sum(values) / len(values) if len(values) == len(summaries) else None
-        if name in ("rouge_l", "exact_match") and len(values) > 1:
+    """Means over seeds; the intervals of sampled figures are over seeds too, where there are several."""
+    columns = {name: [x for s in summaries if (x := s[name]) is not None] for name in summaries[0]}
+    figures = {
+        name: sum(values) / len(values) if len(values) == len(summaries) else None for name, values in columns.items()
+    }
+    for name in ("rouge_l", "exact_match"):
+        values = columns[name]
+        if len(values) > 1:
             interval = paired_difference(values, [0.0] * len(values))
             figures |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
     return figures | {"seeds": len(summaries)}

@@ -35,12 +35,13 @@ class RunRows:
         source = sources[kind]
         if source is None:
             return self.read("validation", data)
-        key = (source, limits[kind], data.template, *sorted(data.columns.items()))
+        template = (data.train_template if kind == "train" else None) or data.template
+        key = (source, limits[kind], template, *sorted(data.columns.items()))
         if key not in self._read:
             self._read[key] = load_rows(
                 source,
                 columns=data.columns,
-                template=data.template,
+                template=template,
                 limit=limits[kind],
                 tokenizer=self.tokenizer,
             )

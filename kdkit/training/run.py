@@ -107,7 +107,11 @@ class _Run:
         self.rows = RunRows(self.tokenizer)
         used = self.rows.describe({name: stage_config(self.config, name) for name in self.config.stages})
         if self.processes.is_main_process:
-            self.folder.open(self.config, rows=used, resume=resume)
+            setup = {
+                "precision": self._dtype_name(self.config.optim.precision),
+                "num_processes": self.processes.num_processes,
+            }
+            self.folder.open(self.config, rows=used, setup=setup, resume=resume)
         self.processes.wait_for_everyone()
 
     def stage(self, index: int, name: str, *, after: Path | None) -> Path:
