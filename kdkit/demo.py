@@ -27,7 +27,7 @@ NAMES = {"sft": "SFT student", "kd": "KD student", "kd_dtw": "KD + DTW student"}
 class DemoResult:
     """What the demo showed."""
 
-    comparison: list[dict[str, float | str]]
+    comparison: list[dict[str, float | str | None]]
     """One row per model: its name, steps, and figures with 95 % intervals."""
     report: Path
 
@@ -45,7 +45,7 @@ def run_demo(output: Path, *, resume: bool = False, stop: StopRequest | None = N
         UserError, RunFailed, Interrupted: as `run_distillation`.
     """
     results = {name: _run(name, tree, output, resume=resume, stop=stop) for name, tree in _plan().items()}
-    comparison: list[dict[str, float | str]] = [{"model": "teacher", **results["sft"].evaluations["teacher"]}]
+    comparison: list[dict[str, float | str | None]] = [{"model": "teacher", **results["sft"].evaluations["teacher"]}]
     comparison += [
         {"model": label, "steps": NUM_STEPS, **results[name].evaluations["student"]} for name, label in NAMES.items()
     ]

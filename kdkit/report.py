@@ -339,7 +339,8 @@ class _Run:
         if any(row.get("kind") == "train" for row in self.metrics):
             caption = f"Loss, its parts before their weights, weights and learning rate while training{of_run}."
             shown.append(Illustration(plot_training(self.metrics), caption))
-        if any(row.get("kind") == "eval" and ("rouge_l" in row or "perplexity" in row) for row in self.metrics):
+        measured = [row for row in self.metrics if row.get("kind") == "eval" and {"rouge_l", "perplexity"} & set(row)]
+        if len(measured) > 1:  # one point is no curve
             shown.append(Illustration(plot_evaluations(self.metrics), f"Validation rows while training{of_run}."))
         return shown
 

@@ -75,7 +75,7 @@ import os
 
 PAIR = "demo"  # or "gpt2-dolly"
 SIZE = os.environ.get("KDKIT_SIZE", "10 minutes")  # or "1 hour", "11 hours"
-CHANGES = []  # such as ["teacher.path=Qwen/Qwen2.5-1.5B-Instruct", "student.path=Qwen/Qwen2.5-0.5B"]
+CHANGES = []  # such as ["teacher.path=Qwen/Qwen2.5-1.5B", "student.path=Qwen/Qwen2.5-0.5B"]
 RESUME = True  # False refuses a folder in which there is a run
 RUN = Path("runs") / f"01_dtw_distill-{PAIR}-{SIZE.replace(' ', '-')}"
 

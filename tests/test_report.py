@@ -155,7 +155,7 @@ class TestWriteReport:
         assert pages[0].read_bytes() == pages[1].read_bytes()
 
 
-def make_run(folder, *, rows="ab" * 32, with_teacher=True):
+def make_run(folder, *, rows="ab" * 32, with_teacher=True, num_evaluations=2):
     """A finished run as its files."""
     folder.mkdir(parents=True)
     models = {"student": model_row("x", 24.0), "before": model_row("x", 20.0)}
@@ -172,7 +172,8 @@ def make_run(folder, *, rows="ab" * 32, with_teacher=True):
         for stage in ("warm_start", "distill")
         for step in (10, 20)
     ]
-    metrics.append({"kind": "eval", "stage": "distill", "step": 20, "rouge_l": 24.0, "perplexity": 9.0})
+    for step, rouge_l in [(10, 22.0), (20, 24.0)][-num_evaluations:]:
+        metrics.append({"kind": "eval", "stage": "distill", "step": step, "rouge_l": rouge_l, "perplexity": 9.0})
     (folder / "evaluation.json").write_text(json.dumps({"rows": rows, "models": models, "predictions": predictions}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     (folder / "config.yaml").write_text("seed: 10\n")
@@ -234,6 +235,10 @@ class TestWriteComparisonReport:
         assert "while training (sft)." in page.text
         assert len(page.images) == 1 + 2 * 2
         assert "kd: config.yaml" in page.text
+
+    def test_a_single_evaluation_draws_no_curve(self, tmp_path):
+        page = Page(write_run_report(make_run(tmp_path / "run", num_evaluations=1)))
+        assert "Validation rows while training" not in page.text
 
     def test_refuses_runs_on_different_rows(self, tmp_path):
         folders = {"a": make_run(tmp_path / "a"), "b": make_run(tmp_path / "b", rows="cd" * 32)}

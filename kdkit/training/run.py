@@ -52,7 +52,7 @@ class RunResult:
     folder: Path
     model: Path
     """The finished student, as `from_pretrained` reads it."""
-    evaluations: dict[str, dict[str, float]]
+    evaluations: dict[str, dict[str, float | None]]
     """Figures of `student` and, where asked for, `teacher` and `before`."""
     predictions: list[dict[str, object]]
     """One row per final row: prompt, references, and the answer of each measured model."""
@@ -98,6 +98,8 @@ class _Run:
         """Check machine, folder, tokenizers and rows before anything is trained."""
         if not self.machine.ok:
             raise UserError(f"{self.machine.problem}\n  {self.machine.remedy}")
+        if self.machine.problem:
+            print(self.machine.problem, file=sys.stderr)
         disable_progress_bar()  # a bar per file read or written; the run has its own
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
