@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Tiny models gain nothing from a second thread, and two test processes fill two cores.
+ONE_THREAD := OMP_NUM_THREADS=1
 
 .PHONY: demo test test-all lint bench clean
 
@@ -19,7 +21,7 @@ demo: $(STAMP)
 	$(BIN)/kdkit demo --output runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not gpu and not browser"
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not browser"
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest

@@ -20,6 +20,7 @@ FLOORS = (
     (
         "training",
         "training.answers",
+        "training.card",
         "training.flow",
         "training.measure",
         "training.run",

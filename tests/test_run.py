@@ -136,6 +136,15 @@ class TestRunDistillation:
         assert rows["train"]["sha256"] != rows["distill.train"]["sha256"]
         assert "distill.validation" not in rows
 
+    def test_the_model_carries_a_card_with_its_figures(self, uninterrupted):
+        from huggingface_hub import ModelCard
+
+        card = ModelCard.load(uninterrupted[0] / "model" / "README.md")
+        measured = json.loads((uninterrupted[0] / "evaluation.json").read_text())["models"]["student"]
+        stated = {result.metric_type: result.metric_value for result in card.data.eval_results}
+        assert stated == {name: measured[name] for name in ("rouge_l", "exact_match", "perplexity")}
+        assert f"| student | {measured['rouge_l']:.2f} (" in card.text
+
     def test_the_same_seed_gives_the_same_run_and_another_seed_another(self, pair, tmp_path):
         plain = tiny_config(pair, max_steps=2)
         other = tiny_config(pair, "seed=11", max_steps=2)

@@ -35,6 +35,7 @@ from kdkit.loading import (
 from kdkit.runtime import Preflight, preflight, usable_dtype
 from kdkit.teacher.sources import LiveTeacher
 from kdkit.training import checkpoint
+from kdkit.training.card import model_card
 from kdkit.training.flow import StopRequest
 from kdkit.training.folder import RunFolder
 from kdkit.training.objective import Objective
@@ -278,6 +279,8 @@ class _Run:
             for index, row in enumerate(rows.dataset)
         ]
         models = {name: evaluation.summary() for name, evaluation in measured.items()}
+        card = model_card(self.config, models, rows_sha256=rows.sha256)
+        checkpoint.write_text(self.folder.model / "README.md", card)
         document = {"rows": rows.sha256, "models": models, "predictions": predictions}
         checkpoint.write_text(self.folder.evaluation, json.dumps(document, indent=1, ensure_ascii=False))
 
