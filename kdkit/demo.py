@@ -19,7 +19,7 @@ from kdkit.training.flow import StopRequest
 from kdkit.training.folder import CONFIG_FILE
 from kdkit.training.run import RunResult, run_distillation
 
-NUM_STEPS = 300
+NUM_STEPS = 250
 NAMES = {"sft": "SFT student", "kd": "KD student", "kd_dtw": "KD + DTW student"}
 
 

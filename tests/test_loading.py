@@ -557,10 +557,13 @@ class TestLoadTeacher:
         [(("cpu", None), torch.float32), (("cuda", (7, 5)), torch.float16), (("cuda", (8, 0)), torch.bfloat16)],
     )
     def test_auto_is_what_the_machine_computes_natively(self, llama_folder, machine, dtype):
-        settings = TeacherConfig(path=str(llama_folder), device="cpu")
-        teacher = loading.load_teacher(settings, self.machine(*machine))
+        teacher = loading.load_teacher(TeacherConfig(path=str(llama_folder)), self.machine(*machine), device="cpu")
         assert teacher.dtype == dtype
         assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+    def test_auto_on_the_cpu_beside_a_card_is_full_precision(self, llama_folder):
+        settings = TeacherConfig(path=str(llama_folder), device="cpu")
+        assert loading.load_teacher(settings, self.machine("cuda", (7, 5))).dtype == torch.float32
 
     def test_what_is_named_is_taken_and_the_device_is_a_default(self, monkeypatch):
         asked = []

@@ -23,7 +23,7 @@ def load_teacher(settings: TeacherConfig, machine: Preflight, *, device: str | N
     place = (device or machine.device) if settings.device == "auto" else settings.device
     dtype = settings.dtype
     if dtype == "auto":  # half precision is for cards: on the CPU beside one it would crawl
-        dtype = "float32" if place == "cpu" else usable_dtype(machine.device, machine.capability).dtype
+        dtype = "float32" if settings.device == "cpu" else usable_dtype(machine.device, machine.capability).dtype
     return load_model(
         settings.path,
         dtype=getattr(torch, dtype),
