@@ -500,7 +500,7 @@ class DistillTrainer(Trainer):
             raise RunFailed(
                 f"stage {self.stage}, step {self.state.global_step + 1}: the card's memory is used up ({error}). Lower "
                 "optim.batch_size (and raise optim.accumulation), data.max_length or objective.chunk_tokens, or set "
-                "student.gradient_checkpointing=true; then run again with --resume off or in a new folder"
+                "student.gradient_checkpointing=true, and run again with another --output"
             ) from error
         finally:
             if not finished and self._settled_rng is not None:
