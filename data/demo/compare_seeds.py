@@ -17,6 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import click
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -49,9 +50,11 @@ VARIANTS = (
 )
 
 
-def plan(variant: Variant, *, seed: int, steps: int, answers: Path | None) -> dict:
+def plan(variant: Variant, *, base: dict, seed: int, steps: int, answers: Path | None) -> dict:
     """The config of one run."""
-    tree = {"preset": ["demo", *variant.presets], "seed": seed, "threads": 1, "optim": {"max_steps": steps}}
+    below = base.get("preset", [])
+    tree = base | {"preset": [*([below] if isinstance(below, str) else below), *variant.presets]}
+    tree |= {"seed": seed, "threads": 1, "optim": base.get("optim", {}) | {"max_steps": steps}}
     if variant.is_warm:
         warm = round(WARM_SHARE * steps)
         supervised = {"kd": {"weight": 0}, "lm": {"weight": 1}, "dtw": {"weight": 0}}
@@ -60,7 +63,8 @@ def plan(variant: Variant, *, seed: int, steps: int, answers: Path | None) -> di
             "distill": {"optim": {"max_steps": steps - warm}},
         }
     if variant.on_answers:
-        tree["data"] = {"train": str(answers), "train_rows": None, "train_template": "{instruction}"}
+        own = {"train": str(answers), "train_rows": None, "train_template": "{instruction}"}
+        tree["data"] = base.get("data", {}) | own
     return tree
 
 
@@ -83,6 +87,7 @@ def run(variant: Variant, output: Path, tree: dict, overrides: tuple[str, ...]) 
 @click.option("--seeds", default=5, show_default=True, help="How many, counted 10, 20, ...")
 @click.option("--steps", default=400, show_default=True, help="Optimizer steps of every student.")
 @click.option("--jobs", default=2, show_default=True, help="Runs at a time, one thread each.")
+@click.option("--base", type=click.Path(path_type=Path, exists=True), help="YAML of the models and rows; else demo.")
 @click.option("--answers", type=click.Path(path_type=Path, exists=True), help="What `kdkit cache --generate` wrote.")
 @click.option("--only", multiple=True, help="Names of variants to run; default: all.")
 @click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Laid over every run.")
@@ -91,6 +96,7 @@ def main(
     seeds: int,
     steps: int,
     jobs: int,
+    base: Path | None,
     answers: Path | None,
     only: tuple[str, ...],
     overrides: tuple[str, ...],
@@ -98,11 +104,12 @@ def main(
     """Run what is missing and print the table."""
     possible = [variant for variant in VARIANTS if answers is not None or not variant.on_answers]
     chosen = [variant for variant in possible if not only or variant.name in only]
+    below = {"preset": "demo"} if base is None else yaml.safe_load(base.read_text(encoding="utf-8"))
     numbers = [10 * (index + 1) for index in range(seeds)]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         pending = {
             (variant.name, seed): pool.submit(
-                run, variant, output, plan(variant, seed=seed, steps=steps, answers=answers), overrides
+                run, variant, output, plan(variant, base=below, seed=seed, steps=steps, answers=answers), overrides
             )
             for seed in numbers
             for variant in chosen

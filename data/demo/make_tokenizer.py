@@ -27,13 +27,13 @@ def texts(path: Path) -> Iterator[str]:
         yield from answers
 
 
-def train(path: Path) -> PreTrainedTokenizerFast:
+def train(path: Path, vocabulary_size: int = VOCABULARY_SIZE) -> PreTrainedTokenizerFast:
     """A tokenizer with `<pad>` = 0 and `<eos>` = 1, which adds neither by itself."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE,
+        vocab_size=vocabulary_size,
         special_tokens=["<pad>", "<eos>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
