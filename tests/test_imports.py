@@ -37,6 +37,7 @@ FLOORS = (
         "training.model",
         "training.rollout",
         "training.rows",
+        "training.validation",
     ),
     ("memory", "teacher", "teacher.cache", "teacher.sources", "training.objective"),
     ("data", "data.batch", "loading", "losses"),

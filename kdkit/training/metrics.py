@@ -46,6 +46,18 @@ class RunningSums:
         self._done, self.num_steps = {}, 0
         return taken
 
+    def take_over_processes(self, accelerator: Accelerator) -> tuple[dict[str, list[float]], int]:
+        """As `take`, with the sums added up over all processes, which hold the same names, and as numbers."""
+        values, num_steps = self.take()
+        if not values:
+            return {}, num_steps
+        names = sorted(values)
+        flat = torch.cat([values[name].reshape(-1).to(accelerator.device) for name in names])
+        if accelerator.num_processes > 1:
+            flat = accelerator.reduce(flat, reduction="sum")
+        split = flat.split([values[name].numel() for name in names])
+        return {name: value.tolist() for name, value in zip(names, split, strict=True)}, num_steps
+
     def state(self, accelerator: Accelerator | None = None) -> dict[str, object]:
         """The sums over all processes as JSON-ready numbers; 64-bit floats survive JSON exactly."""
         sums = {name: self._done[name] for name in sorted(self._done)}

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -40,6 +39,7 @@ from kdkit.training import checkpoint
 from kdkit.training.metrics import MetricsFile, RunningSums
 from kdkit.training.model import DistillModel
 from kdkit.training.objective import Item, Moment
+from kdkit.training.validation import measure_objective, shared_batches
 
 logger = logging.getLogger(__name__)
 
@@ -262,63 +262,26 @@ class DistillTrainer(Trainer):
             self.control = self.callback_handler.on_log(self.args, self.state, self.control, dict(prefixed))
         return prefixed
 
-    @torch.no_grad()
     def _measure_objective(self, limit: int | None) -> dict[str, float]:
-        """Objective and cross-entropy over the evaluation rows, every row counted once whatever the batches."""
-        model = self.model_wrapped if self.is_fsdp_enabled else self.model
-        model.eval()
-        moment = Moment(self.state.global_step, self.args.max_steps)
-        totals = RunningSums()
-        for batch, counted in self._evaluation_batches(limit):
-            inputs = self._prepare_inputs(batch)
-            outputs = model(inputs, signal=self._signal(inputs, moment), moment=moment, extras=("label_logprobs",))
-            self._add_to_totals(totals, outputs, inputs, share=float(counted))
-        totals.complete_step()
-        sums = self._over_processes(totals)
-        figures: dict[str, float] = {"loss": 0.0}
-        for term in self.objective.terms:
-            if term.name in sums:
-                part = sums[term.name] / max(sums[term.counts], 1.0)
-                figures[f"part/{term.name}"] = part
-                figures["loss"] += part * term.weight(moment) * term.scale(moment)
-        figures["cross_entropy"] = sums["nll"] / max(sums["tokens"], 1.0)
-        with np.errstate(over="ignore"):  # never capped: infinite is what it is
-            figures["perplexity"] = float(np.exp(figures["cross_entropy"]))
-        return figures
-
-    def _evaluation_batches(self, limit: int | None) -> Iterator[tuple[dict[str, Any], bool]]:
-        """This process's batches; each process gets as many, so a repeated one is marked as not counted."""
-        rows = (
-            self.eval_dataset if limit is None else self.eval_dataset.select(range(min(limit, len(self.eval_dataset))))
-        )
+        """Objective and cross-entropy over the evaluation rows at this step's weights and temperature."""
+        rows = self.eval_dataset
+        if limit is not None:
+            rows = rows.select(range(min(limit, len(rows))))
         loader = DataLoader(rows, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
-        num, rank = self.accelerator.num_processes, self.accelerator.process_index
-        if num == 1:
-            yield from ((batch, True) for batch in loader)
-            return
-        batches = list(loader)
-        for start in range(0, len(batches), num):
-            mine = start + rank
-            yield batches[min(mine, len(batches) - 1)], mine < len(batches)
+        moment = Moment(self.state.global_step, self.args.max_steps)
 
-    def _add_to_totals(
-        self, totals: RunningSums, outputs: Mapping[str, Any], inputs: Mapping[str, Any], *, share: float
-    ) -> None:
-        """Add a batch, or nothing under the same names, so that all processes have as many figures to add up."""
-        items = {"tokens": inputs["positions"].numel(), "sequences": inputs["num_sequences"]}
-        figures = {name: torch.tensor(float(number), device=self.args.device) for name, number in items.items()}
-        figures |= outputs["sums"] | {"nll": -outputs["extras"]["label_logprobs"].double().sum()}
-        for name, value in figures.items():
-            totals.add(name, share * value)
+        def feed(batch: Batch) -> tuple[Batch, object]:
+            inputs = self._prepare_inputs(batch)
+            return inputs, self._signal(inputs, moment)
 
-    def _over_processes(self, sums: RunningSums) -> dict[str, float]:
-        """Scalar sums added over all processes, as numbers."""
-        values, _ = sums.take()
-        names = sorted(values)
-        stacked = torch.stack([values[name].to(self.args.device) for name in names])
-        if self.accelerator.num_processes > 1:
-            stacked = self.accelerator.reduce(stacked, reduction="sum")
-        return dict(zip(names, stacked.tolist(), strict=True))
+        return measure_objective(
+            self.model_wrapped if self.is_fsdp_enabled else self.model,
+            self.objective,
+            shared_batches(loader, self.accelerator),
+            feed=feed,
+            moment=moment,
+            accelerator=self.accelerator,
+        )
 
     # ---- what is logged --------------------------------------------------------------------------------------
 
@@ -343,15 +306,9 @@ class DistillTrainer(Trainer):
 
     def _train_figures(self) -> dict[str, float]:
         """Means over the steps since the last row, and the weights of the last of them."""
-        values, num_steps = self.sums.take()
-        if not values:  # every step since the last row was skipped
+        numbers, num_steps = self.sums.take_over_processes(self.accelerator)
+        if not numbers:  # every step since the last row was skipped
             return {"loss": math.nan}
-        names = sorted(values)
-        flat = torch.cat([values[name].reshape(-1).to(self.args.device) for name in names])
-        if self.accelerator.num_processes > 1:
-            flat = self.accelerator.reduce(flat, reduction="sum")
-        split = flat.split([values[name].numel() for name in names])
-        numbers = {name: value.tolist() for name, value in zip(names, split, strict=True)}
         tokens, seconds = numbers.pop("tokens")[0], time.monotonic() - self._last_row_at
         self._last_row_at = time.monotonic()
         row = {
