@@ -12,13 +12,14 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from transformers import GenerationMixin
 
 from kdkit.config import DistillConfig
 from kdkit.training.run import run_distillation
 
 
 class Reaper:
-    """Counts changes to files and optimizer steps, and kills its process, as `kill -9` does, at one of them."""
+    """Counts changes of files, generations and optimizer steps; kills its process, as `kill -9` does, at one."""
 
     def __init__(self, kill_at: int | None) -> None:
         self.kill_at = kill_at
@@ -48,6 +49,7 @@ class Reaper:
         """Count from here on; for a process that ends with the run."""
         for name in ("replace", "fsync", "unlink", "rmdir", "mkdir"):
             mock.patch.object(os, name, self.before(getattr(os, name))).start()
+        mock.patch.object(GenerationMixin, "generate", self.before(GenerationMixin.generate)).start()
         mock.patch.object(torch, "save", self.before(torch.save)).start()
         mock.patch.object(torch.optim.AdamW, "step", self.before(torch.optim.AdamW.step)).start()
         for module in (builtins, io):

@@ -349,7 +349,9 @@ class TestDistillCollator:
     def test_every_value_is_a_tensor_of_integers_or_an_int(self):
         batch = self.batch(ragged_rows(eos=1, pad=0))
         assert {type(value) for value in batch.values()} == {torch.Tensor, int}
-        assert {v.dtype for v in batch.values() if isinstance(v, torch.Tensor)} == {torch.int64}
+        dtypes = {name: value.dtype for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        assert dtypes.pop("is_gold") == torch.bool
+        assert set(dtypes.values()) == {torch.int64}
 
     def test_goes_through_a_loader_and_to_a_device(self, byte_tokenizer):
         encoded = encode(PAIRS, byte_tokenizer)

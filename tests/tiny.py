@@ -17,6 +17,7 @@ from kdkit.training.flow import StageFlow, StopRequest
 from kdkit.training.metrics import MetricsFile
 from kdkit.training.model import DistillModel
 from kdkit.training.objective import Objective
+from kdkit.training.rollout import build_rollout
 from kdkit.training.trainer import DistillTrainer
 
 ALL_TERMS = {
@@ -124,6 +125,15 @@ def build_trainer(
         teacher=teacher,
         tokenizer=tokenizer,
         metrics=MetricsFile(folder / "metrics.jsonl"),
+        rollout=build_rollout(
+            config,
+            tokenizer=tokenizer,
+            teacher=teacher,
+            collator=DistillCollator(tokenizer.pad_token_id),
+            num_steps=config.optim.max_steps,
+            num_warmup_steps=0,
+            references=list,
+        ),
         on_nonfinite=config.objective.on_nonfinite,
         callbacks=[flow, *callbacks],
     )

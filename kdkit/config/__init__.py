@@ -16,19 +16,24 @@ from kdkit.config.fields import (
     TeacherConfig,
 )
 from kdkit.config.reading import demo_folder, dump_config, list_presets, load_config
+from kdkit.config.rollout import CollapseConfig, GateConfig, GuardConfig, RolloutConfig
 
 __all__ = [
     "AdaptiveBandConfig",
     "CheckpointConfig",
+    "CollapseConfig",
     "DataConfig",
     "DistillConfig",
     "DtwConfig",
     "EvaluationConfig",
+    "GateConfig",
+    "GuardConfig",
     "KdConfig",
     "LmConfig",
     "LoggingConfig",
     "ObjectiveConfig",
     "OptimConfig",
+    "RolloutConfig",
     "StudentConfig",
     "TeacherConfig",
     "demo_folder",

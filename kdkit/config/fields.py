@@ -1,9 +1,12 @@
 """The fields of a run: unit, range, default, and where the default comes from."""
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, model_validator
 
+from kdkit.config.part import Count, Limit, Part
+from kdkit.config.rollout import RolloutConfig
 from kdkit.schedules import Positive, Schedule, Weight
 
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
@@ -25,17 +28,8 @@ LOSS_ARGUMENTS: dict[str, dict[str, Bounds]] = {
 }
 """What each loss takes besides the two distributions, and the open range of it; a skew may also be 0."""
 
-Count = Annotated[int, Field(ge=1)]
-Limit = Annotated[int, Field(ge=0)]
 
-
-class _Part(BaseModel):
-    """A part of the config: unknown fields are refused, values never change after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class TeacherConfig(_Part):
+class TeacherConfig(Part):
     """The model to learn from."""
 
     path: str
@@ -54,7 +48,7 @@ class TeacherConfig(_Part):
     """Run Python code that comes with the model. Only for sources you trust."""
 
 
-class StudentConfig(_Part):
+class StudentConfig(Part):
     """The model to train; its weights are always float32."""
 
     path: str
@@ -71,7 +65,7 @@ class StudentConfig(_Part):
     """Run Python code that comes with the model. Only for sources you trust."""
 
 
-class DataConfig(_Part):
+class DataConfig(Part):
     """Rows: a JSONL, CSV or Parquet file, a `datasets` folder or a hub name."""
 
     train: str
@@ -107,7 +101,7 @@ class DataConfig(_Part):
         return self
 
 
-class KdConfig(_Part):
+class KdConfig(Part):
     """The divergence between the two models' next-token distributions."""
 
     weight: Weight = Schedule.model_validate(1.0)
@@ -122,7 +116,7 @@ class KdConfig(_Part):
     """Softens both distributions before they are compared; 1 compares them as they are."""
     temperature_scaling: Literal["square", "none"] = "square"
     """square multiplies by temperature squared, so that gradients keep their size (Hinton et al. 2015)."""
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_k: Count | None = None
     """Compare the teacher's K most likely tokens and the rest as one bucket; None compares all."""
 
     @model_validator(mode="after")
@@ -157,14 +151,14 @@ class KdConfig(_Part):
         return {name: value for name, value in given.items() if value is not None}
 
 
-class LmConfig(_Part):
+class LmConfig(Part):
     """Cross-entropy of the labels."""
 
     weight: Weight = Schedule.model_validate(0.0)
     """Share of the total; DistiLLM trains with 0 next to a kd weight of 1."""
 
 
-class AdaptiveBandConfig(_Part):
+class AdaptiveBandConfig(Part):
     """A soft band around where the alignment is expected to run (WARD, DWA-KD)."""
 
     mix: float = Field(default=0.7, ge=0, le=1)
@@ -179,7 +173,7 @@ class AdaptiveBandConfig(_Part):
     """Fraction of the stage before which the band is off, since early alignments mean little."""
 
 
-class DtwConfig(_Part):
+class DtwConfig(Part):
     """Soft dynamic time warping between the two models' last hidden states over the answer."""
 
     weight: Weight = Schedule.model_validate(0.0)
@@ -204,7 +198,7 @@ class DtwConfig(_Part):
     """Peak learning rate of the student-to-teacher projector. DWA-KD: 1e-3."""
 
 
-class ObjectiveConfig(_Part):
+class ObjectiveConfig(Part):
     """What is minimised: the weighted sum of the terms, each a mean over counted items."""
 
     kd: KdConfig = KdConfig()
@@ -222,7 +216,7 @@ class ObjectiveConfig(_Part):
         return self
 
 
-class OptimConfig(_Part):
+class OptimConfig(Part):
     """Optimizer, learning rate and batch."""
 
     learning_rate: float = Field(default=5e-4, gt=0, le=1)
@@ -251,7 +245,7 @@ class OptimConfig(_Part):
     """Autocast of the student; auto: float32 on CPU, else bfloat16 where the card has it, else float16."""
 
 
-class EvaluationConfig(_Part):
+class EvaluationConfig(Part):
     """What is measured, when, and on how much text."""
 
     every_steps: Limit = 0
@@ -276,7 +270,7 @@ class EvaluationConfig(_Part):
     """Bootstrap resamples of the 95 % intervals."""
 
 
-class CheckpointConfig(_Part):
+class CheckpointConfig(Part):
     """What is kept of a running stage."""
 
     every_steps: Limit = 0
@@ -285,7 +279,7 @@ class CheckpointConfig(_Part):
     """Newest checkpoints that stay."""
 
 
-class LoggingConfig(_Part):
+class LoggingConfig(Part):
     """How often figures are written."""
 
     every_steps: Count = 10
@@ -294,20 +288,62 @@ class LoggingConfig(_Part):
     """Trackers of transformers that also get the figures, for instance [tensorboard]."""
 
 
-class DistillConfig(_Part):
+class DistillConfig(Part):
     """One run: a base and the stages that override it, in order."""
 
     teacher: TeacherConfig
     student: StudentConfig
     data: DataConfig
     objective: ObjectiveConfig = ObjectiveConfig()
+    rollout: RolloutConfig = RolloutConfig()
     optim: OptimConfig = OptimConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
-    stages: Annotated[dict[str, dict[str, JsonValue]], Field(min_length=1)] = {"distill": {}}
+    stages: dict[str, dict[str, JsonValue]] = Field(default={"distill": {}}, min_length=1)
     """Each stage and what it overrides, in order: {warm_start: {optim: {max_steps: 100}}, distill: {}}."""
     seed: int = Field(default=10, ge=0, lt=2**31)
     """Seeds weights, row order and dropout; each stage derives its own. DistiLLM runs 10 to 50."""
     threads: Count | None = None
     """CPU threads of torch; None takes its own choice. Pin it where a resume has to be bit-identical."""
+
+    @model_validator(mode="after")
+    def _rollout_fits(self) -> "DistillConfig":
+        if self.rollout.is_on:
+            for problem in _rollout_problems(self):
+                raise ValueError(problem)
+        return self
+
+
+def _rollout_problems(config: DistillConfig) -> Iterator[str]:
+    """Why the student's own text cannot be trained on with the rest of a config."""
+    rollout, data, evaluation = config.rollout, config.data, config.evaluation
+    measures_rouge = evaluation.every_steps > 0 and evaluation.generate_rows != 0
+    if max(config.objective.kd.weight.largest, config.objective.dtw.weight.largest) == 0:
+        yield (
+            f"rollout.mode {rollout.mode} gives text that the student wrote, which is never a label for lm: give "
+            "objective.kd or objective.dtw a weight, or set rollout.mode=off"
+        )
+    if rollout.mode == "adaptive" and evaluation.every_steps == 0:
+        yield "rollout.mode adaptive moves its threshold at evaluations: set evaluation.every_steps above 0"
+    if rollout.mode != "on_policy" and rollout.capacity < config.optim.batch_size:
+        yield (
+            f"rollout.capacity ({rollout.capacity}) is below optim.batch_size ({config.optim.batch_size}): a batch "
+            "could never be replayed from it"
+        )
+    if data.max_prompt_length + rollout.max_new_tokens > data.max_length:
+        yield (
+            f"rollout.max_new_tokens ({rollout.max_new_tokens}) after a prompt of data.max_prompt_length "
+            f"({data.max_prompt_length}) exceeds data.max_length ({data.max_length}): lower the first two or raise "
+            "the last"
+        )
+    if rollout.gate is not None and rollout.gate.min_rouge_l > 0 and not measures_rouge:
+        yield (
+            "rollout.gate waits for a validation ROUGE-L that is never measured: set evaluation.every_steps above 0 "
+            "and evaluation.generate_rows other than 0"
+        )
+    if rollout.collapse is not None and (evaluation.every_steps == 0 or not (measures_rouge or rollout.guard)):
+        yield (
+            "rollout.collapse looks at ROUGE-L and at the guard's pass rate at evaluations, and there are none: set "
+            "evaluation.every_steps above 0, and generate_rows other than 0 or a guard; or rollout.collapse=null"
+        )

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from kdkit.config.fields import DistillConfig
 from kdkit.errors import UserError
 
-STAGE_PARTS = frozenset({"data", "objective", "optim", "evaluation", "checkpoint", "logging"})
+STAGE_PARTS = frozenset({"data", "objective", "rollout", "optim", "evaluation", "checkpoint", "logging"})
 Tree = dict[str, JsonValue]
 
 
@@ -189,7 +189,10 @@ def _explain(details: ErrorDetails) -> str:
     if details["type"] == "missing":
         return f"{path}: required, not given"
     reason = details["msg"].removeprefix("Value error, ")
-    return f"{path}: {reason[0].lower()}{reason[1:]} (given: {given!r})"
+    said = f"{reason[0].lower()}{reason[1:]}"
+    if isinstance(given, dict):  # of a part as a whole: the message names the fields
+        return f"{path}: {said}" if path else said
+    return f"{path}: {said} (given: {given!r})"
 
 
 def _fields_at(location: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -55,12 +55,18 @@ class EncodedRows:
 
 
 class EncodedRow(TypedDict):
-    """One row of EncodedRows.dataset."""
+    """One row of EncodedRows.dataset, or a text that the student wrote in its place."""
 
     input_ids: Sequence[int]
     prompt_length: int
     unit_ids: Sequence[int]
     row_id: int
+    is_gold: NotRequired[bool]
+    """False for a text of the student: teacher and student are compared on it, its tokens are never labels to learn."""
+
+
+COLUMNS = ("input_ids", "prompt_length", "unit_ids", "row_id")
+"""Of EncodedRows.dataset."""
 
 
 def encode_rows(
@@ -134,7 +140,7 @@ def encode_prompts(prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase")
 
 
 class Batch(TypedDict):
-    """What `DistillCollator` makes of B rows; all tensors int64."""
+    """What `DistillCollator` makes of B rows; tensors int64 unless said."""
 
     input_ids: torch.Tensor
     """(B, T), right-padded."""
@@ -144,8 +150,12 @@ class Batch(TypedDict):
     """(B, T), at the token itself; -100 = not counted."""
     positions: torch.Tensor
     """(N,) ascending flat indices b * T + t of the positions that predict a counted token: the one right after."""
+    is_gold: torch.Tensor
+    """(N,) bool; whether the counted token is one to learn, False in a text that the student wrote."""
     lengths: torch.Tensor
     """(B,) tokens of each row."""
+    prompt_lengths: torch.Tensor
+    """(B,) tokens of each row's prompt, at its begin."""
     unit_ids: torch.Tensor
     """(B, T), at the token itself; -1 = none."""
     row_ids: torch.Tensor
@@ -154,6 +164,8 @@ class Batch(TypedDict):
     """The most units of a row."""
     num_sequences: int
     """Rows with a unit."""
+    num_labels: int
+    """Counted tokens of gold rows."""
 
 
 @dataclass(frozen=True)
@@ -183,12 +195,16 @@ class DistillCollator:
         input_ids = _scatter([row["input_ids"] for row in rows], is_token, self.pad_token_id)
         unit_ids = _scatter([row["unit_ids"] for row in rows], is_token, NO_UNIT)
         most_units = unit_ids.max(axis=1) + 1  # (B,)
+        gold_rows = np.array([row.get("is_gold", True) for row in rows])  # (B,)
+        is_gold = np.broadcast_to(gold_rows[:, None], is_counted.shape)[is_counted]  # (N,)
         arrays = {
             "input_ids": input_ids,
             "attention_mask": is_token.astype(np.int64),
             "labels": np.where(is_counted, input_ids, NOT_COUNTED),
             "positions": np.flatnonzero(is_counted) - 1,
+            "is_gold": is_gold,
             "lengths": lengths,
+            "prompt_lengths": prompt_lengths,
             "unit_ids": unit_ids,
             "row_ids": np.array([row["row_id"] for row in rows], dtype=np.int64),
         }
@@ -196,11 +212,30 @@ class DistillCollator:
             **{name: torch.from_numpy(array) for name, array in arrays.items()},  # type: ignore[typeddict-item]
             max_units=int(most_units.max()),
             num_sequences=int((most_units > 0).sum()),
+            num_labels=int(is_gold.sum()),
         )
 
     def _padded_length(self, longest: int) -> int:
         multiple = self.pad_to_multiple_of or 1
         return -(-longest // multiple) * multiple
+
+
+def batch_rows(batch: Batch) -> list[EncodedRow]:
+    """The gold rows that a batch was made of, unpadded.
+
+    Args:
+        batch: of gold rows alone, on any device.
+    Returns:
+        B rows, from which `DistillCollator` makes the same batch.
+    """
+    lengths, prompt_lengths = batch["lengths"].tolist(), batch["prompt_lengths"].tolist()
+    ids, units, row_ids = (batch[name].tolist() for name in ("input_ids", "unit_ids", "row_ids"))
+    return [
+        EncodedRow(
+            input_ids=ids[b][:length], prompt_length=prompt_lengths[b], unit_ids=units[b][:length], row_id=row_ids[b]
+        )
+        for b, length in enumerate(lengths)
+    ]
 
 
 def _scatter(rows: Sequence[Sequence[int]], is_token: np.ndarray, fill: int) -> np.ndarray:
@@ -229,7 +264,7 @@ class _Encoder:
         gold = [references[0] if references else "" for references in chunk["references"]]
         prompts = encode_prompts(chunk["prompt"], self.tokenizer)
         responses = self._encode_responses(gold)
-        encoded: dict[str, list[object]] = {name: [] for name in EncodedRow.__annotations__}
+        encoded: dict[str, list[object]] = {name: [] for name in COLUMNS}
         for row_id, text, prompt, response in zip(indices, gold, prompts, responses, strict=True):
             reason = self._why_dropped(text, prompt, response[0])
             if reason is not None:

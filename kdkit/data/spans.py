@@ -107,6 +107,46 @@ def shared_word_units(text: str, *sides: Offsets) -> list[list[int]]:
     return [np.where(first < 0, -1, unit_of_word[first]).tolist() for first, _ in touched]
 
 
+def offsets_of_ids(
+    sequences: Sequence[Sequence[int]], tokenizer: "PreTrainedTokenizerBase"
+) -> list[tuple[str, list[tuple[int, int]]]]:
+    """The text of each sequence of ids, special tokens left out, and where in it each id's own part is.
+
+    Mostly the text, tokenised again, gives the same ids, and their offsets are the answer. A model may also write a
+    word in other pieces than the tokenizer would; then each id's part is what decoding gains by it.
+
+    Args:
+        sequences: ids as a model produced them.
+        tokenizer: a fast one.
+    Returns:
+        For each sequence its text and (start, end) of each id in characters; pieces of one character have its range.
+    """
+    texts = tokenizer.batch_decode(sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    again = tokenizer(
+        texts, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True, verbose=False
+    )
+    return [
+        (text, offsets if ids == list(sequence) else _grown_offsets(text, sequence, tokenizer))
+        for text, sequence, ids, offsets in zip(
+            texts, sequences, again["input_ids"], again["offset_mapping"], strict=True
+        )
+    ]
+
+
+def _grown_offsets(text: str, ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[int, int]]:
+    """(start, end) of each id, from the length of what the ids up to it decode to."""
+    begun = tokenizer.batch_decode(
+        [list(ids[: index + 1]) for index in range(len(ids))],
+        skip_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+    )
+    ends = np.maximum.accumulate([min(len(prefix), len(text)) for prefix in begun])
+    starts = np.concatenate([[0], ends[:-1]])
+    is_piece = np.array([prefix.endswith("\ufffd") for prefix in [" ", *begun[:-1]]]) & (starts == ends)
+    starts = np.where(is_piece, np.maximum(ends - 1, 0), starts)  # it completes the character before it
+    return list(zip(starts.tolist(), ends.tolist(), strict=True))
+
+
 def char_to_byte_offsets(text: str, offsets: Offsets) -> np.ndarray:
     """Offsets in UTF-8 bytes from offsets in characters.
 

@@ -51,10 +51,15 @@ class Answer:
 
     text: str
     """Without special tokens."""
-    num_tokens: int
-    """Tokens produced, the end-of-text token included."""
+    token_ids: tuple[int, ...]
+    """As they were produced, the end-of-text token included."""
     ended: bool
     """Whether the model produced an end-of-text token; False: it was cut at max_new_tokens."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens produced, the end-of-text token included."""
+        return len(self.token_ids)
 
 
 def generate_answers(
@@ -223,12 +228,9 @@ def _answer(
     first_end = is_end.int().argmax(dim=1)
     # By position, never by id: padding is itself an end-of-text token.
     num_tokens = torch.where(ended, first_end + 1, new_ids.shape[1]).tolist()
-    texts = tokenizer.batch_decode(
-        [row[:count] for row, count in zip(new_ids.tolist(), num_tokens, strict=True)],
-        skip_special_tokens=True,
-        clean_up_tokenization_spaces=False,
-    )
-    return [Answer(text, count, end) for text, count, end in zip(texts, num_tokens, ended.tolist(), strict=True)]
+    token_ids = [row[:count] for row, count in zip(new_ids.tolist(), num_tokens, strict=True)]
+    texts = tokenizer.batch_decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [Answer(text, tuple(ids), end) for text, ids, end in zip(texts, token_ids, ended.tolist(), strict=True)]
 
 
 def _left_padded(prompt_ids: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -178,7 +178,9 @@ def evaluate_predictions(path: str | Path) -> dict[str, float | None]:
 
 
 @torch.no_grad()
-def label_losses(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor | int]]) -> LabelLosses:
+def label_losses(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, object]], *, finite: bool = True
+) -> LabelLosses:
     """Sum of −log q(label) over the counted tokens of each row.
 
     The same for any batch size; the logits of all positions never exist at once where the model's
@@ -187,10 +189,11 @@ def label_losses(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor |
     Args:
         model: causal language model; measured in evaluation mode and left as it was.
         batches: from `DistillCollator`; rows without a counted token are left out.
+        finite: refuse a sum that is not; False for texts that the model may find impossible.
     Returns:
         LabelLosses, in the order of the batches.
     Raises:
-        RunFailed: a sum is not finite, as from weights that training has broken.
+        RunFailed: a sum is not finite (where `finite`), as from weights that training has broken.
         UserError: no row has a counted token.
     """
     dense = check_head(model) is not None
@@ -209,7 +212,8 @@ def label_losses(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor |
         raise UserError("no row has an answer whose likelihood could be measured")
     counted = columns[2] > 0
     losses = LabelLosses(*(column[counted] for column in columns))
-    _check_finite(losses)
+    if finite:
+        _check_finite(losses)
     return losses
 
 

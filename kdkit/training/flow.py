@@ -103,8 +103,10 @@ class StageFlow(TrainerCallback):
             with preserved_rng_state():
                 self.trainer.evaluate(limit=args.per_device_eval_batch_size)
                 self.trainer.check_saving()
+            if self.trainer.rollout is not None and self.trainer.rollout.needs_first_evaluation:
+                self.trainer.evaluate()
             return
-        self.trainer.restore_sums(self.resumed_from)
+        self.trainer.restore_state(self.resumed_from)
         if self.is_evaluation_step(state.global_step, state.max_steps):
             self.trainer.evaluate()
 

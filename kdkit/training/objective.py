@@ -9,7 +9,7 @@ that neither the size of a micro-batch nor the number of processes changes the g
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,20 @@ from kdkit.losses.alignment import AdaptiveBand, alignment_loss, pool_units
 from kdkit.schedules import Schedule
 from kdkit.teacher.signal import DenseSignal, Head, LiveSignal, SparseSignal, TeacherSignal
 
-Item = Literal["tokens", "sequences"]
+Item = Literal["tokens", "labels", "sequences"]
+"""Counted tokens; those of gold rows, which alone are labels to learn; rows with a unit to align."""
+
+
+ITEMS: tuple[Item, ...] = get_args(Item)
+
+
+def count_items(batch: Batch) -> dict[Item, int]:
+    """How many items of each kind a batch has; no term divides by anything else."""
+    return {
+        "tokens": batch["positions"].numel(),
+        "labels": batch["num_labels"],
+        "sequences": batch["num_sequences"],
+    }
 
 
 @dataclass(frozen=True)
@@ -32,7 +45,7 @@ class Moment:
     """Completed optimizer steps of the stage."""
     num_steps: int
     """Optimizer steps of the whole stage."""
-    counts: dict[Item, float] = field(default_factory=lambda: {"tokens": 1.0, "sequences": 1.0})
+    counts: dict[Item, float] = field(default_factory=lambda: {"tokens": 1.0, "labels": 1.0, "sequences": 1.0})
     """Items over the accumulation window and all processes; by these the sums are divided."""
 
     @property
@@ -140,16 +153,16 @@ class KdTerm(VocabularyTerm):
 
 
 class LmTerm(VocabularyTerm):
-    """Cross-entropy of the labels, summed over counted tokens."""
+    """Cross-entropy of the labels, summed over the counted tokens of gold rows: what the student wrote is no label."""
 
-    name, counts, needs_teacher = "lm", "tokens", False
+    name, counts, needs_teacher = "lm", "labels", False
 
     def __init__(self, config: LmConfig) -> None:
         super().__init__(config.weight)
 
     def head_term(self, batch: Batch, moment: Moment, coefficient: float) -> LabelTerm:
         """The term as the head pass takes it."""
-        return LabelTerm(self.name, label_targets(batch), weight=coefficient)
+        return LabelTerm(self.name, label_targets(batch), weight=coefficient, token_weights=batch["is_gold"])
 
 
 class DtwTerm(HiddenTerm):

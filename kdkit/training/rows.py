@@ -7,7 +7,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from kdkit.config import DataConfig, DistillConfig
+from kdkit.config import DistillConfig
 from kdkit.data.batch import EncodedRows, encode_rows
 from kdkit.data.rows import Rows, load_rows
 from kdkit.training.folder import RowsUsed
@@ -24,25 +24,27 @@ class RunRows:
     _read: dict[tuple[object, ...], Rows] = field(default_factory=dict)
     _encoded: dict[tuple[object, ...], EncodedRows] = field(default_factory=dict)
 
-    def read(self, kind: Kind, data: DataConfig) -> Rows:
-        """Rows of a kind; test rows are the validation rows where none are named.
+    def read(self, kind: Kind, config: DistillConfig) -> Rows:
+        """Rows of a kind as a stage reads them; test rows are the validation rows where none are named.
 
         Raises:
             UserError: as `load_rows`.
         """
+        data, prompts_suffice = config.data, kind == "train" and _prompts_suffice(config)
         limits = {"train": data.train_rows, "validation": data.validation_rows, "test": data.test_rows}
         sources = {"train": data.train, "validation": data.validation, "test": data.test}
         source = sources[kind]
         if source is None:
-            return self.read("validation", data)
+            return self.read("validation", config)
         template = (data.train_template if kind == "train" else None) or data.template
-        key = (source, limits[kind], template, *sorted(data.columns.items()))
+        key = (source, limits[kind], template, prompts_suffice, *sorted(data.columns.items()))
         if key not in self._read:
             self._read[key] = load_rows(
                 source,
                 columns=data.columns,
                 template=template,
                 limit=limits[kind],
+                require_references=not prompts_suffice,
                 tokenizer=self.tokenizer,
             )
         return self._read[key]
@@ -53,8 +55,9 @@ class RunRows:
         Raises:
             UserError: as `load_rows` and `encode_rows`.
         """
-        rows, data, unit = self.read(kind, config.data), config.data, config.objective.dtw.unit
-        key = (rows.sha256, data.max_length, data.max_prompt_length, unit)
+        rows, data, unit = self.read(kind, config), config.data, config.objective.dtw.unit
+        prompts_suffice = kind == "train" and _prompts_suffice(config)
+        key = (rows.sha256, data.max_length, data.max_prompt_length, unit, prompts_suffice)
         if key not in self._encoded:
             self._encoded[key] = encode_rows(
                 rows,
@@ -62,6 +65,7 @@ class RunRows:
                 max_length=data.max_length,
                 max_prompt_length=data.max_prompt_length,
                 unit=unit,
+                keep_prompt_only=prompts_suffice,
             )
         return self._encoded[key]
 
@@ -88,10 +92,15 @@ class RunRows:
         return used
 
     def _describe(self, kind: Kind, config: DistillConfig) -> RowsUsed:
-        rows, encoded = self.read(kind, config.data), self.encoded(kind, config)
+        rows, encoded = self.read(kind, config), self.encoded(kind, config)
         return {
             "sha256": rows.sha256,
             "num_read": rows.report.num_read,
             "num_kept": encoded.report.num_kept,
             "dropped": {**rows.report.dropped, **encoded.report.dropped, **encoded.report.truncated},
         }
+
+
+def _prompts_suffice(config: DistillConfig) -> bool:
+    """Whether a stage can train on a row without an answer: the student writes every text, and no label is learnt."""
+    return config.rollout.mode == "on_policy" and config.objective.lm.weight.largest == 0

@@ -137,6 +137,7 @@ class _Run:
             eval_rows=self.rows.encoded("validation", settings).dataset,
             collator=DistillCollator(self.tokenizer.pad_token_id),
             generate=None if settings.evaluation.generate_rows == 0 else self._generate_with(settings),
+            references=lambda: self.rows.read("train", settings).dataset["references"],
             vocab_size=vocab_size,
             dense_student=_needs_dense_path(student, "student"),
             precision=self._dtype_name(settings.optim.precision),
@@ -243,7 +244,7 @@ class _Run:
 
     def _generate_with(self, settings: DistillConfig) -> "_ValidationAnswers":
         """What the trainer calls to have the student answer validation rows."""
-        rows = self.rows.read("validation", settings.data)
+        rows = self.rows.read("validation", settings)
         kept = self.rows.encoded("validation", settings).dataset["row_id"]
         return _ValidationAnswers(
             rows.dataset.select(kept),
@@ -255,7 +256,7 @@ class _Run:
 
     def _measure_finals(self) -> None:
         """Answer and score the final rows with every model of the comparison; one file, written at the end."""
-        rows = self.rows.read("test", self.config.data)
+        rows = self.rows.read("test", self.config)
         measured: dict[str, Evaluation] = {}
         for name, path, revision in self._finalists():
             print(f"measuring {name} on {len(rows)} rows", file=sys.stderr)

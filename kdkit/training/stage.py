@@ -3,6 +3,7 @@
 import math
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdkit.config import DistillConfig
 from kdkit.data.batch import DistillCollator
+from kdkit.errors import UserError
 from kdkit.runtime import seed_everything
 from kdkit.teacher.sources import TeacherSource
-from kdkit.training import checkpoint
+from kdkit.training import checkpoint, rollout
 from kdkit.training.arguments import num_warmup_steps, training_arguments
 from kdkit.training.flow import ConsoleProgress, StageFlow, StopRequest
 from kdkit.training.metrics import MetricsFile
@@ -22,7 +24,17 @@ from kdkit.training.model import DistillModel
 from kdkit.training.objective import Objective
 from kdkit.training.trainer import ADAPTERS_FILE, STATE_FILE, DistillTrainer, Generate
 
-OF_TRAINING = (checkpoint.SEAL, STATE_FILE, "trainer_state.json", "*.pt", "*.pth", "pytorch_model_fsdp*", "*.bin")
+OF_TRAINING = (
+    checkpoint.SEAL,
+    STATE_FILE,
+    rollout.STATE_FILE,
+    rollout.TEXTS_FILE,
+    "trainer_state.json",
+    "*.pt",
+    "*.pth",
+    "pytorch_model_fsdp*",
+    "*.bin",
+)
 """Files of a checkpoint that are not the student's."""
 
 
@@ -37,6 +49,8 @@ class StageInputs:
     eval_rows: Dataset
     collator: DistillCollator
     generate: Generate | None
+    references: Callable[[], Sequence[Sequence[str]]]
+    """Right answers of the training rows, by row id."""
     vocab_size: int | None
     """Leading token ids that student and teacher share; None where their widths agree."""
     dense_student: bool
@@ -105,6 +119,7 @@ def run_stage(
         tokenizer=inputs.tokenizer,
         metrics=metrics,
         generate=inputs.generate,
+        rollout=_build_rollout(config, inputs, num_steps),
         on_nonfinite=config.objective.on_nonfinite,
         keep=config.checkpoint.keep,
         callbacks=[flow, ConsoleProgress(name)],
@@ -149,9 +164,23 @@ def describe_stage(config: DistillConfig, inputs: StageInputs, num_steps: int, r
         f"  rows: {len(inputs.train_rows)} to train on, "
         f"{num_steps * rows / len(inputs.train_rows):.1f} passes; {len(inputs.eval_rows)} to evaluate on",
     ]
+    if config.rollout.is_on:
+        lines.append(_describe_rollout(config))
     if resumed_from is not None:
         lines.append(f"  resumed from {resumed_from.name}")
     return "\n".join(lines)
+
+
+def _describe_rollout(config: DistillConfig) -> str:
+    """How much of the training is the student's own text, and what is asked of it."""
+    settings = config.rollout
+    moves = f", + {settings.threshold_step:g} when the validation loss rises by {settings.loss_epsilon:g}"
+    guards = {"guard": settings.guard, "collapse rule": settings.collapse, "gate": settings.gate}
+    return (
+        f"  student's own text: {settings.mode}, threshold {settings.start_threshold:g}"
+        f"{moves if settings.mode == 'adaptive' else ''}, at most {settings.max_new_tokens} tokens; "
+        + ", ".join(f"{name} {'off' if part is None else 'on'}" for name, part in guards.items())
+    )
 
 
 def _count_steps_here(config: DistillConfig, inputs: StageInputs) -> int:
@@ -183,6 +212,32 @@ def _build_model(config: DistillConfig, inputs: StageInputs) -> DistillModel:
     if file is not None and file.is_file() and len(model.adapters):
         model.adapters.load_state_dict(load_file(file))
     return model
+
+
+def _build_rollout(config: DistillConfig, inputs: StageInputs, num_steps: int) -> rollout.Rollout | None:
+    """The stage's rollout, once it is sure that its texts fit the student."""
+    if config.rollout.is_on:
+        _check_positions(config, inputs.student)
+    return rollout.build_rollout(
+        config,
+        tokenizer=inputs.tokenizer,
+        teacher=inputs.teacher,
+        collator=inputs.collator,
+        num_steps=num_steps,
+        num_warmup_steps=num_warmup_steps(config, num_steps),
+        references=inputs.references,
+    )
+
+
+def _check_positions(config: DistillConfig, student: PreTrainedModel) -> None:
+    """Refuse texts beyond the positions that the student knows, before the first prompt that is long enough."""
+    limit = getattr(student.config.get_text_config(), "max_position_embeddings", None)  # not every architecture bounds
+    needed = config.data.max_prompt_length + config.rollout.max_new_tokens
+    if limit is not None and 0 < limit < needed:
+        raise UserError(
+            f"rollout.max_new_tokens ({config.rollout.max_new_tokens}) after a prompt of data.max_prompt_length "
+            f"({config.data.max_prompt_length}) exceeds the student's {limit} positions: lower one of them"
+        )
 
 
 def _leave_model(trainer: DistillTrainer, folder: Path) -> None:

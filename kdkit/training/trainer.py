@@ -8,6 +8,7 @@ docstring says how.
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -38,7 +40,8 @@ from kdkit.teacher.sources import TeacherSource
 from kdkit.training import checkpoint
 from kdkit.training.metrics import MetricsFile, RunningSums
 from kdkit.training.model import DistillModel
-from kdkit.training.objective import Item, Moment
+from kdkit.training.objective import ITEMS, Item, Moment, count_items
+from kdkit.training.rollout import Rollout
 from kdkit.training.validation import measure_objective, shared_batches
 
 logger = logging.getLogger(__name__)
@@ -63,6 +66,7 @@ class DistillTrainer(Trainer):
         metrics: file of log rows.
         generate: answers validation rows with the student and measures them; called with the student and a limit of
             rows (None: all). None: no generation while training.
+        rollout: puts the student's own text in place of gold rows; None: never.
         on_nonfinite: what a NaN or infinite loss or gradient does, "stop" or "skip".
         keep: newest checkpoints that stay.
         callbacks: further callbacks, after the trainer's own.
@@ -84,6 +88,7 @@ class DistillTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase,
         metrics: MetricsFile,
         generate: Generate | None = None,
+        rollout: Rollout | None = None,
         on_nonfinite: str = "stop",
         keep: int = 2,
         callbacks: list[TrainerCallback] | None = None,
@@ -92,6 +97,7 @@ class DistillTrainer(Trainer):
         self.teacher = teacher
         self.metrics = metrics
         self.generate = generate
+        self.rollout = rollout
         self.on_nonfinite = on_nonfinite
         self.keep = keep
         self.sums = RunningSums()
@@ -120,6 +126,8 @@ class DistillTrainer(Trainer):
         """Refuse the ways of FSDP in which no student would be saved, or adapters would lose their learning rate."""
         if not self.is_fsdp_enabled:
             return
+        if self.rollout is not None:
+            raise UserError("rollout needs the whole student in each process, and FSDP cuts it: use DDP, or mode off")
         plugin = self.accelerator.state.fsdp_plugin
         if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
             raise UserError("FSDP with sharded checkpoints saves no student: set fsdp_state_dict_type: FULL_STATE_DICT")
@@ -128,15 +136,31 @@ class DistillTrainer(Trainer):
 
     # ---- what is counted -------------------------------------------------------------------------------------
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], dict[Item, float]]:
+        """The batches of an accumulation window, the student's own text among them, counted after it came in."""
+        batches, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.rollout is None or not batches:
+            return batches, counts
+        batches, figures = self.rollout.mix(
+            batches,
+            self.model.student,
+            step=self.state.global_step,
+            accelerator=self.accelerator,
+            autocast=self.accelerator.autocast,
+        )
+        for name, figure in figures.items():
+            self.sums.add(name, torch.tensor(figure, dtype=torch.float64, device=device))
+        return batches, self._get_num_items_in_batch(batches, device)
+
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> dict[Item, float]:
         """Items of each kind over the accumulation window and all processes; the Trainer's own counts labels only."""
-        tokens = sum(batch["positions"].numel() for batch in batch_samples)
-        sequences = sum(batch["num_sequences"] for batch in batch_samples)
-        counts = torch.tensor([tokens, sequences], device=device)
+        items = [count_items(batch) for batch in batch_samples]
+        counts = torch.tensor([sum(batch[name] for batch in items) for name in ITEMS], device=device)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
-        tokens, sequences = counts.tolist()
-        return {"tokens": float(tokens), "sequences": float(sequences)}
+        return dict(zip(ITEMS, map(float, counts.tolist()), strict=True))
 
     def compute_loss(
         self,
@@ -254,8 +278,18 @@ class DistillTrainer(Trainer):
             if self.generate is not None and not self.is_fsdp_enabled and self.is_world_process_zero():
                 figures |= self.generate(self.model.student, limit)
             self.accelerator.wait_for_everyone()
+        note = None
+        if self.rollout is not None and limit is None:
+            if self.accelerator.num_processes > 1:  # one process generated; all have to hold the same threshold
+                (figures,) = broadcast_object_list([figures])
+            moved, note = self.rollout.observe(figures)
+            figures |= moved
         if limit is None and self.is_world_process_zero():
-            self.metrics.append({"kind": "eval", "stage": self.stage, "step": self.state.global_step, **figures})
+            said = {} if note is None else {"note": note}
+            place = {"kind": "eval", "stage": self.stage, "step": self.state.global_step}
+            self.metrics.append({**place, **figures, **said})
+            if note is not None:
+                print(f"{self.stage} {self.state.global_step}: {note}", file=sys.stderr)
         prefixed = {f"eval_{name}": value for name, value in figures.items()}
         if limit is None:
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, prefixed)
@@ -318,7 +352,9 @@ class DistillTrainer(Trainer):
             "tokens_per_second": tokens / seconds,
         }
         for name, number in numbers.items():
-            row[name] = number[0] / num_steps if len(number) == 1 else number[0] / max(number[1], 1e-30)
+            if len(number) == 2 and number[1] == 0:  # a mean over nothing
+                continue
+            row[name] = number[0] / (num_steps if len(number) == 1 else number[1])
             row["loss"] += row[name] if name.startswith("weighted/") else 0.0
         moment = Moment(self.state.global_step - 1, self.args.max_steps)
         for term in self.objective.terms:
@@ -346,6 +382,8 @@ class DistillTrainer(Trainer):
             self.num_skipped_steps += 1
             self._check_loss_scale()
         self.sums.complete_step()
+        if self.rollout is not None:
+            self.rollout.settle()
         self._settled_rng = rng_state()
 
     def _check_loss_scale(self) -> None:
@@ -426,6 +464,8 @@ class DistillTrainer(Trainer):
         self.processing_class.save_pretrained(folder)
         state = {"sums": self._state_of_sums, "num_skipped_steps": self.num_skipped_steps}
         (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+        if self.rollout is not None:
+            self.rollout.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Student and adapters back into place, every key accounted for."""
@@ -439,11 +479,13 @@ class DistillTrainer(Trainer):
         if len(self.model.adapters):
             self.model.adapters.load_state_dict(load_file(folder / ADAPTERS_FILE))
 
-    def restore_sums(self, folder: Path) -> None:
-        """Go on with the sums of the next log row as a checkpoint left them."""
+    def restore_state(self, folder: Path) -> None:
+        """Go on with the sums of the next log row and with the rollout as a checkpoint left them."""
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         self.sums.restore(state["sums"], self.args.device, share=float(self.accelerator.is_main_process))
         self.num_skipped_steps = state["num_skipped_steps"]
+        if self.rollout is not None:
+            self.rollout.restore(folder)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train; whatever ends it early, the last complete step is on disk afterwards."""
@@ -469,6 +511,7 @@ class DistillTrainer(Trainer):
         self.accelerator.prepare_model(self.model, evaluation_mode=True)  # autocast as while training
         self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
         self.state.is_world_process_zero = self.accelerator.is_main_process
+        self.restore_state(folder)
         self.evaluate()
 
     def _save_emergency_checkpoint(self, settled_rng: dict) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from kdkit.data.batch import Batch
 from kdkit.training.metrics import RunningSums
-from kdkit.training.objective import Moment, Objective
+from kdkit.training.objective import Moment, Objective, count_items
 
 Feed = Callable[[Batch], tuple[Batch, object]]
 """A batch on its device, with the teacher's signal for it."""
@@ -82,12 +82,9 @@ def measure_objective(
     return figures
 
 
-def _add(
-    totals: RunningSums, outputs: Mapping[str, Any], inputs: Mapping[str, Any], *, share: float, device: torch.device
-) -> None:
+def _add(totals: RunningSums, outputs: Mapping[str, Any], inputs: Batch, *, share: float, device: torch.device) -> None:
     """Add a batch, or nothing under the same names, so that all processes have as many figures to add up."""
-    items = {"tokens": inputs["positions"].numel(), "sequences": inputs["num_sequences"]}
-    figures = {name: torch.tensor(float(number), device=device) for name, number in items.items()}
+    figures = {name: torch.tensor(float(number), device=device) for name, number in count_items(inputs).items()}
     figures |= outputs["sums"] | {"nll": -outputs["extras"]["label_logprobs"].double().sum()}
     for name, value in figures.items():
         totals.add(name, share * value)

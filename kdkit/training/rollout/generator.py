@@ -1,0 +1,86 @@
+"""The student answers prompts of the training rows; each answer becomes a row that counts exact to the token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from kdkit.data.batch import NO_UNIT, EncodedRow, Unit
+from kdkit.data.spans import offsets_of_ids, word_units
+from kdkit.evaluation import Answer, GenerationSettings, generate_answers
+from kdkit.runtime import generator
+
+
+@dataclass(frozen=True)
+class StudentText:
+    """A prompt with what the student wrote after it."""
+
+    row: EncodedRow
+    """As it is trained on; its end-of-text token counts, padding is not there."""
+    text: str
+    """The answer without special tokens."""
+    ended: bool
+    """Whether the student ended it; False: it was cut."""
+
+    @property
+    def response_ids(self) -> Sequence[int]:
+        """What the student produced, its end-of-text token included."""
+        return self.row["input_ids"][self.row["prompt_length"] :]
+
+
+@dataclass(frozen=True)
+class StudentGenerator:
+    """Draws texts from a student as it is now.
+
+    Args:
+        tokenizer: the student's.
+        settings: how to draw; `seed` is the run's.
+        unit: what `unit_ids` of the rows number; None: nothing looks at them.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    settings: GenerationSettings
+    unit: Unit | None = None
+
+    def __call__(self, student: nn.Module, rows: Sequence[EncodedRow], *, key: Sequence[int]) -> list[StudentText]:
+        """One text for the prompt of each row, drawn in evaluation mode with the KV cache on.
+
+        Args:
+            student: a causal language model, or a module that holds one; left as it was, as every random state.
+            rows: whose prompts to answer, `settings.batch_size` of them at a time.
+            key: what makes this call's draws its own, such as (step, process).
+        Returns:
+            One text a row, in order; the same for the same weights, seed, key and rows.
+        Raises:
+            UserError: prompt and text do not fit the student's positions.
+        """
+        seed = generator(self.settings.seed, "rollout", *key).initial_seed() % 2**31
+        prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
+        answers = generate_answers(student, self.tokenizer, prompts, replace(self.settings, seed=seed))
+        units = self._units(answers)
+        return [
+            StudentText(
+                EncodedRow(
+                    input_ids=[*prompt, *answer.token_ids],
+                    prompt_length=len(prompt),
+                    unit_ids=[NO_UNIT] * len(prompt) + own,
+                    row_id=row["row_id"],
+                    is_gold=False,
+                ),
+                answer.text,
+                answer.ended,
+            )
+            for row, prompt, answer, own in zip(rows, prompts, answers, units, strict=True)
+        ]
+
+    def _units(self, answers: Sequence[Answer]) -> list[list[int]]:
+        """Unit ids of each answer, none for its end-of-text."""
+        written = [answer.token_ids[: -1 if answer.ended else None] for answer in answers]
+        if self.unit is None:
+            units = [[NO_UNIT] * len(ids) for ids in written]
+        elif self.unit == "token":
+            units = [list(range(len(ids))) for ids in written]
+        else:
+            units = [word_units(text, offsets) for text, offsets in offsets_of_ids(written, self.tokenizer)]
+        return [own + [NO_UNIT] * answer.ended for own, answer in zip(units, answers, strict=True)]

@@ -1,0 +1,386 @@
+"""Which batches of an accumulation window are gold, fresh or replayed; and all that a rollout remembers."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kdkit.config import DistillConfig, RolloutConfig
+from kdkit.data.batch import Batch, DistillCollator, EncodedRow, Unit, batch_rows
+from kdkit.errors import UserError
+from kdkit.evaluation import GenerationSettings, label_losses
+from kdkit.runtime import generator
+from kdkit.teacher.sources import LiveTeacher, TeacherSource
+from kdkit.training.rollout.buffer import HeldText, ReplayBuffer, pack_texts, unpack_texts
+from kdkit.training.rollout.generator import StudentGenerator, StudentText
+from kdkit.training.rollout.guard import REASONS, Guard, Verdict
+from kdkit.training.rollout.threshold import AdaptiveThreshold, CollapseRule, Shares, TextCounts, shares
+
+TEXTS_FILE = "rollout.safetensors"
+STATE_FILE = "rollout.json"
+Source = Literal["gold", "fresh", "replayed"]
+SOURCES: tuple[Source, ...] = get_args(Source)
+Figures = dict[str, tuple[float, float]]
+"""Name -> (sum, weight) of a window; a log row shows their ratio."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a rollout remembers after an optimizer step: all that a checkpoint needs of it."""
+
+    texts: tuple[HeldText, ...]
+    numbers: str
+    """JSON."""
+
+
+class Rollout:
+    """Replaces batches of gold rows by the student's own text.
+
+    Every process draws the same sources for a window and, where there are several, gets every process's texts, so
+    that all hold the same buffer and the same threshold.
+
+    Args:
+        config: the stage's.
+        generate: draws texts.
+        guard: judges them.
+        collator: makes batches.
+        seed: of the draws.
+        num_steps: optimizer steps of the stage.
+        begin_step: the gate's; completed steps before which nothing is generated.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        *,
+        generate: StudentGenerator,
+        guard: Guard,
+        collator: DistillCollator,
+        seed: int,
+        num_steps: int,
+        begin_step: int = 0,
+    ) -> None:
+        self.config = config
+        self.generate = generate
+        self.guard = guard
+        self.collator = collator
+        self.seed = seed
+        self.num_steps = num_steps
+        self.begin_step = begin_step
+        self.buffer = ReplayBuffer(config.capacity)
+        self.threshold = AdaptiveThreshold(
+            config.start_threshold,
+            step=config.threshold_step,
+            cap=config.threshold_cap,
+            epsilon=config.loss_epsilon,
+            reference=config.reference,
+        )
+        self.collapse = None if config.collapse is None else CollapseRule(config.collapse)
+        self.tally = TextCounts()
+        self.is_rouge_reached = config.gate is None
+        self._settled = self._memory()
+
+    @property
+    def needs_first_evaluation(self) -> bool:
+        """Whether the threshold compares with an evaluation before step 1."""
+        return self.config.mode == "adaptive"
+
+    # ---- at a step ----
+
+    def mix(
+        self,
+        batches: Sequence[Batch],
+        student: nn.Module,
+        *,
+        step: int,
+        accelerator: Accelerator,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> tuple[list[Batch], Figures]:
+        """The batches of an accumulation window, some of them replaced.
+
+        Args:
+            batches: of gold rows, or of prompts alone.
+            student: as it is now.
+            step: completed optimizer steps.
+            accelerator: knows the processes.
+            autocast: what the student generates under.
+        Returns:
+            As many batches, and figures for the log. A refused text leaves its gold row in its place.
+        """
+        began, figures = time.monotonic(), Figures()
+        sources = [self._draw_source(step, index) for index in range(len(batches))]
+        asked = {index: batch_rows(batch) for index, batch in enumerate(batches) if sources[index] == "fresh"}
+        replaced: dict[int, list[EncodedRow]] = {}
+        if asked:
+            with autocast():
+                replaced |= self._fresh_rows(asked, student, step=step, accelerator=accelerator, figures=figures)
+        for index, batch in enumerate(batches):
+            if sources[index] == "replayed":
+                key, size = (step, index, accelerator.process_index), len(batch["row_ids"])
+                replaced[index] = self._replayed_rows(size, key=key, figures=figures)
+                self.tally.num_trained += size * accelerator.num_processes
+        self._count_sources(sources, batches, replaced, figures=figures)
+        _add(figures, "threshold", self.threshold.value, 1)
+        _add(figures, "buffer_texts", len(self.buffer), 1)
+        _add(figures, "seconds", time.monotonic() - began, 1)
+        mixed = [self.collator(replaced[i]) if i in replaced else batch for i, batch in enumerate(batches)]
+        return mixed, {f"rollout/{name}": figure for name, figure in figures.items()}
+
+    def _fresh_rows(
+        self,
+        asked: Mapping[int, Sequence[EncodedRow]],
+        student: nn.Module,
+        *,
+        step: int,
+        accelerator: Accelerator,
+        figures: Figures,
+    ) -> dict[int, list[EncodedRow]]:
+        """What the student writes in place of batches' rows, all in one go; a refused text leaves its gold row."""
+        gold = [row for rows in asked.values() for row in rows]
+        texts = self.generate(student, gold, key=(step, accelerator.process_index))
+        verdicts = self.guard(texts)
+        self._keep(texts, verdicts, step=step, accelerator=accelerator)
+        _add_texts(figures, texts, verdicts)
+        chosen = iter(
+            row if verdict.reason is not None else text.row
+            for row, text, verdict in zip(gold, texts, verdicts, strict=True)
+        )
+        return {index: list(islice(chosen, len(rows))) for index, rows in asked.items()}
+
+    def _replayed_rows(self, num_rows: int, *, key: Sequence[int], figures: Figures) -> list[EncodedRow]:
+        """A batch from the buffer."""
+        held = self.buffer.sample(num_rows, generator(self.seed, "replay", *key))
+        _add(figures, "age_steps", sum(key[0] - text.born_step for text in held), num_rows)
+        return [text.row for text in held]
+
+    def _count_sources(
+        self,
+        sources: Sequence[Source],
+        batches: Sequence[Batch],
+        replaced: Mapping[int, Sequence[EncodedRow]],
+        *,
+        figures: Figures,
+    ) -> None:
+        """Where the rows of the window come from, as shares of them."""
+        num_rows: Counter[Source] = Counter()
+        for index, (source, batch) in enumerate(zip(sources, batches, strict=True)):
+            written = sum(not row.get("is_gold", True) for row in replaced.get(index, ()))
+            num_rows[source] += written
+            num_rows["gold"] += len(batch["row_ids"]) - written
+        for name in SOURCES:
+            _add(figures, f"{name}_fraction", num_rows[name], num_rows.total())
+
+    def shares(self, step: int) -> Shares:
+        """Probabilities of a batch after so many completed steps."""
+        if not self.is_rouge_reached or step < self.begin_step:
+            return Shares(0.0, 0.0)
+        if self.config.mode == "on_policy":
+            return Shares(self.threshold.value, self.threshold.value)
+        return shares(self.threshold.value, step / self.num_steps, self.config.replay_ratio)
+
+    def _draw_source(self, step: int, index: int) -> Source:
+        """DistiLLM's choice for one batch; a replay waits until the buffer is full."""
+        now = self.shares(step)
+        draw = torch.rand((), generator=generator(self.seed, "source", step, index), dtype=torch.float64).item()
+        if draw < now.fresh or (draw < now.student and not self.buffer.is_full):
+            return "fresh"
+        return "replayed" if draw < now.student else "gold"
+
+    def _keep(
+        self, texts: Sequence[StudentText], verdicts: Sequence[Verdict], *, step: int, accelerator: Accelerator
+    ) -> None:
+        """Count what was refused and push the rest, of all processes, in one order everywhere."""
+        judged = [
+            (HeldText(text.row, step, verdict.score), verdict.reason)
+            for text, verdict in zip(texts, verdicts, strict=True)
+        ]
+        if accelerator.num_processes > 1:
+            judged = gather_object(judged)
+        self.tally.num_texts += len(judged)
+        self.tally.num_trained += sum(reason is None for _, reason in judged)
+        self.tally.refused.update(reason for _, reason in judged if reason is not None)
+        if self.config.mode != "on_policy":
+            self.buffer.push(text for text, reason in judged if reason is None)
+
+    # ---- at an evaluation ----
+
+    def observe(self, figures: Mapping[str, float]) -> tuple[dict[str, float], str | None]:
+        """Move the threshold by what an evaluation found.
+
+        Args:
+            figures: with `cross_entropy`, and `rouge_l` where answers were generated.
+        Returns:
+            Figures to log beside them, and a sentence for the reader where something happened.
+        """
+        rouge, before, tally = figures.get("rouge_l"), self.threshold.value, self.tally
+        notes = []
+        if not self.is_rouge_reached and rouge is not None:
+            assert self.config.gate is not None
+            self.is_rouge_reached = rouge >= self.config.gate.min_rouge_l
+            if self.is_rouge_reached:
+                notes.append(f"ROUGE-L {rouge:.1f} opens the gate (floor {self.config.gate.min_rouge_l:g})")
+        collapsed = self._find_collapse(rouge)
+        if collapsed is not None:
+            assert self.collapse is not None
+            self.threshold.value = self.collapse.taken_back(before)
+            self.threshold.cap = min(self.threshold.cap, max(before - self.config.threshold_step, 0.0))
+            self.buffer.clear()
+            notes.append(f"{collapsed}: threshold {before:g} -> {self.threshold.value:g}, replay buffer emptied")
+        if self.config.mode == "adaptive" and self.threshold.observe(
+            figures["cross_entropy"], may_rise=collapsed is None
+        ):
+            notes.append(
+                f"validation loss {figures['cross_entropy']:.4g}: threshold {before:g} -> {self.threshold.value:g}"
+            )
+        logged = {"rollout/threshold": self.threshold.value}
+        if tally.num_texts:
+            logged["rollout/pass_fraction"] = tally.num_passed / tally.num_texts
+            if not tally.num_passed:
+                notes.append(
+                    f"the guard refused all {tally.num_texts} texts since the last evaluation ({tally.reasons()}): "
+                    "training goes on with gold rows"
+                )
+        self.tally = TextCounts()
+        return logged, "; ".join(notes) or None
+
+    def _find_collapse(self, rouge: float | None) -> str | None:
+        """Why the student's text has to be taken back, where there is any."""
+        if self.collapse is None:
+            return None
+        reason = self.collapse.observe(rouge, self.tally, threshold=self.threshold.value)
+        return reason if self.threshold.value > 0 else None
+
+    # ---- at a checkpoint ----
+
+    def settle(self) -> None:
+        """Mark the end of an optimizer step: a checkpoint holds what is remembered now, whatever comes after."""
+        self._settled = self._memory()
+
+    def save(self, folder: Path) -> None:
+        """Write what was remembered at the last complete step."""
+        save_file(pack_texts(self._settled.texts), folder / TEXTS_FILE)
+        (folder / STATE_FILE).write_text(self._settled.numbers, encoding="utf-8")
+
+    def restore(self, folder: Path) -> None:
+        """Go on from what `save` wrote."""
+        numbers = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        self.buffer.clear()
+        self.buffer.push(unpack_texts(load_file(folder / TEXTS_FILE)))
+        self.threshold = AdaptiveThreshold(**numbers["threshold"])
+        self.tally = TextCounts(**numbers["tally"] | {"refused": Counter(numbers["tally"]["refused"])})
+        self.is_rouge_reached = numbers["is_rouge_reached"]
+        if self.collapse is not None:
+            self.collapse = CollapseRule(self.collapse.config, **numbers["collapse"])
+        self.settle()
+
+    def _memory(self) -> Memory:
+        rule = {} if self.collapse is None else {**vars(self.collapse)}
+        rule.pop("config", None)
+        numbers = {
+            "threshold": asdict(self.threshold),
+            "collapse": rule,
+            "is_rouge_reached": self.is_rouge_reached,
+            "tally": asdict(self.tally),
+        }
+        return Memory(self.buffer.texts(), json.dumps(numbers, indent=1))
+
+
+def build_rollout(
+    config: DistillConfig,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: TeacherSource | None,
+    collator: DistillCollator,
+    num_steps: int,
+    num_warmup_steps: int,
+    references: Callable[[], Sequence[Sequence[str]]],
+) -> Rollout | None:
+    """The rollout of a stage, or None where its mode is off.
+
+    Args:
+        config: the stage's.
+        tokenizer: the student's.
+        teacher: where the signal comes from.
+        collator: makes batches.
+        num_steps: optimizer steps of the stage.
+        num_warmup_steps: of them, those of the learning rate's warm-up.
+        references: right answers of the training rows by row id; asked for only where the guard compares with them.
+    Returns:
+        Rollout or None.
+    Raises:
+        UserError: the teacher's signal was written down beforehand, so that it cannot read new text.
+    """
+    settings, guard = config.rollout, config.rollout.guard
+    if not settings.is_on:
+        return None
+    if not isinstance(teacher, LiveTeacher):
+        raise UserError(
+            f"rollout.mode {settings.mode} lets the student write new text, and a cached teacher knows only the text "
+            "it was cached on: use a live teacher, or set rollout.mode=off"
+        )
+    drawing = GenerationSettings(
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size or config.optim.batch_size * config.optim.accumulation,
+        num_beams=settings.num_beams,
+        sampling_temperature=settings.sampling_temperature,
+        top_p=settings.top_p,
+        seed=config.seed,
+    )
+    unit: Unit | None = config.objective.dtw.unit if config.objective.dtw.weight.largest > 0 else None
+    begin = settings.gate.begin_fraction if settings.gate is not None else 0.0
+    return Rollout(
+        settings,
+        generate=StudentGenerator(tokenizer, drawing, unit),
+        guard=Guard(
+            guard,
+            score=partial(teacher_scores, teacher.model, collator, batch_size=config.optim.batch_size)
+            if guard is not None and guard.min_teacher_logprob is not None
+            else None,
+            references=references() if guard is not None and guard.min_rouge_l is not None else None,
+            vocab_size=teacher.vocab_size,
+        ),
+        collator=collator,
+        seed=config.seed,
+        num_steps=num_steps,
+        begin_step=num_warmup_steps if begin is None else round(begin * num_steps),
+    )
+
+
+def teacher_scores(
+    teacher: PreTrainedModel, collator: DistillCollator, rows: Sequence[EncodedRow], *, batch_size: int
+) -> list[float]:
+    """The teacher's mean log-likelihood of each row's response, in nats a token; −inf where it finds it impossible."""
+    batches = (collator(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size))
+    losses = label_losses(teacher, batches, finite=False)
+    return (-losses.sums / losses.num_tokens).tolist()
+
+
+def _add_texts(figures: Figures, texts: Sequence[StudentText], verdicts: Sequence[Verdict]) -> None:
+    """What was generated, whether or not it may be trained on."""
+    refused = Counter(verdict.reason for verdict in verdicts if verdict.reason is not None)
+    scores = [verdict.score for verdict in verdicts if verdict.score > float("-inf")]
+    _add(figures, "pass_fraction", len(texts) - refused.total(), len(texts))
+    for reason in REASONS:
+        _add(figures, f"refused/{reason}", refused[reason], len(texts))
+    _add(figures, "mean_tokens", sum(len(text.response_ids) for text in texts), len(texts))
+    _add(figures, "ended_fraction", sum(text.ended for text in texts), len(texts))
+    _add(figures, "repeat_fraction", sum(verdict.repeat_fraction for verdict in verdicts), len(verdicts))
+    _add(figures, "teacher_logprob", sum(scores), len(scores))
+
+
+def _add(figures: Figures, name: str, total: float, weight: float) -> None:
+    before = figures.get(name, (0.0, 0.0))
+    figures[name] = (before[0] + total, before[1] + weight)

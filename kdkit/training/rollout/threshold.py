@@ -1,0 +1,155 @@
+"""How much of the training is the student's own text: DistiLLM's threshold, and a rule that takes it back."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from kdkit.config import CollapseConfig
+
+Reference = Literal["initial", "previous", "best", "last_fired"]
+ReplayRatio = Literal["constant", "decreasing", "increasing"]
+SMALLEST = 0.01
+"""A threshold taken back below this is 0."""
+
+
+class Shares(NamedTuple):
+    """Probabilities of a batch."""
+
+    fresh: float
+    """Of being generated now."""
+    student: float
+    """Of being the student's text at all, fresh or replayed."""
+
+
+def shares(threshold: float, fraction: float, replay_ratio: ReplayRatio) -> Shares:
+    """How a threshold φ is shared between fresh and replayed text after a fraction t/T of the stage.
+
+    fresh = φ/2 | φ(1 − t/T) | φ t/T, student = φ. The names are DistiLLM's and speak of the fresh share.
+
+    Args:
+        threshold: φ, 0..1.
+        fraction: t/T in optimizer steps, 0..1.
+        replay_ratio: "constant", "decreasing" or "increasing".
+    Returns:
+        Shares, fresh at most student.
+    Source: Ko et al. 2024, arXiv:2402.03898, and its code. Differs: t counts optimizer steps, not micro-batches.
+    """
+    fresh = {"constant": 0.5, "decreasing": 1.0 - fraction, "increasing": fraction}[replay_ratio]
+    return Shares(threshold * fresh, threshold)
+
+
+@dataclass
+class AdaptiveThreshold:
+    """DistiLLM's φ: it rises by a step whenever the validation loss L rises by ε above a reference.
+
+    if L >= L_ref + ε: φ <- min(φ + step, cap)
+
+    L_ref is the first L ("initial"), the one before ("previous", as in the paper), the lowest so far ("best"), or
+    the last one that fired, at first the first one ("last_fired", as in the code).
+
+    Source: Ko et al. 2024, arXiv:2402.03898, algorithm 1, and its code.
+    """
+
+    value: float
+    """φ."""
+    step: float = 0.1
+    cap: float = 1.0
+    epsilon: float = 0.1
+    """Nats a token."""
+    reference: Reference = "last_fired"
+    level: float | None = None
+    """L_ref; None before the first observation, which fires nothing."""
+
+    def observe(self, loss: float, *, may_rise: bool = True) -> bool:
+        """Take up a validation loss.
+
+        Args:
+            loss: cross-entropy in nats a token; one that is not finite is left out.
+            may_rise: False keeps φ whatever the loss; the reference moves all the same.
+        Returns:
+            Whether φ rose.
+        """
+        if not math.isfinite(loss):
+            return False
+        if self.level is None:
+            self.level = loss
+            return False
+        fired = loss >= self.level + self.epsilon
+        if self.reference == "previous" or (self.reference == "last_fired" and fired):
+            self.level = loss
+        elif self.reference == "best":
+            self.level = min(self.level, loss)
+        if fired and may_rise and self.value < self.cap:
+            self.value = min(self.value + self.step, self.cap)
+            return True
+        return False
+
+
+@dataclass
+class TextCounts:
+    """What became of the student's texts since the last evaluation."""
+
+    num_texts: int = 0
+    """Generated."""
+    num_trained: int = 0
+    """Trained on, fresh or replayed."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """Reason -> texts."""
+
+    @property
+    def num_passed(self) -> int:
+        """Texts that the guard let through."""
+        return self.num_texts - self.refused.total()
+
+    def reasons(self) -> str:
+        """Why texts were refused, the commonest reason first."""
+        return ", ".join(f"{reason} {count}" for reason, count in self.refused.most_common())
+
+
+@dataclass
+class CollapseRule:
+    """Finds out at evaluations that the student's text does harm: ROUGE-L falls, or the guard's pass rate does."""
+
+    config: CollapseConfig
+    best_rouge_l: float | None = None
+    """Percent."""
+    best_threshold: float = 0.0
+    """φ when that was reached."""
+    has_passed: bool = False
+    """Whether the pass rate was ever high enough, so that it can fall."""
+
+    def observe(self, rouge_l: float | None, texts: TextCounts, *, threshold: float) -> str | None:
+        """Take up an evaluation.
+
+        Args:
+            rouge_l: of the validation rows, in percent; None where it was not measured.
+            texts: since the last evaluation; where none was trained on, no fall is blamed on them.
+            threshold: φ up to now.
+        Returns:
+            Why it is a collapse, or None.
+        """
+        reason = self._fallen_pass_rate(texts)
+        if rouge_l is None:
+            return reason
+        best = self.best_rouge_l
+        if texts.num_trained and best is not None and rouge_l < best * (1.0 - self.config.max_rouge_drop_fraction):
+            reason = f"ROUGE-L fell from {best:.1f} to {rouge_l:.1f}"
+        if best is None or rouge_l > best:
+            self.best_rouge_l, self.best_threshold = rouge_l, threshold
+        return reason
+
+    def _fallen_pass_rate(self, texts: TextCounts) -> str | None:
+        """Why the guard's pass rate is a collapse; without a guard every text passes."""
+        if texts.num_texts < self.config.min_texts:
+            return None
+        fraction = texts.num_passed / texts.num_texts
+        if fraction >= self.config.min_pass_fraction:
+            self.has_passed = True
+            return None
+        return f"the guard let only {fraction:.0%} of {texts.num_texts} texts pass" if self.has_passed else None
+
+    def taken_back(self, threshold: float) -> float:
+        """Where φ goes after a collapse: to what it was at the best ROUGE-L, and to half of what it is at most."""
+        lowered = min(self.best_threshold, threshold / 2)
+        return 0.0 if lowered < SMALLEST else lowered
