@@ -114,7 +114,8 @@ def build_trainer(
     hidden_size = None if teacher is None else teacher.hidden_size
     torch.manual_seed(config.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    flow = StageFlow(log_every=1, save_every=0, evaluate_every=0, stop=StopRequest())
+    every = config.evaluation.every_steps
+    flow = StageFlow(log_every=1, save_every=0, evaluate_every=every, stop=StopRequest())
     trainer = DistillTrainer(
         DistillModel(student, objective, teacher_hidden_size=hidden_size),
         training_arguments(config, folder, num_steps=config.optim.max_steps, precision="float32", use_cpu=True),

@@ -100,8 +100,9 @@ class RunFolder:
     def _refuse_occupied(self) -> None:
         if self.path.is_file():
             raise UserError(f"--output {self.path} is a file; give a folder")
-        begun = {"environment.json", "rows.json"}  # a run that was killed before its config was there
-        if self.path.is_dir() and any(file.name.removesuffix(".partial") not in begun for file in self.path.iterdir()):
+        whole = {"environment.json", "rows.json"}  # of a run that was killed before its config was there
+        begun = whole | {f"{name}.partial" for name in (*whole, CONFIG_FILE)}
+        if self.path.is_dir() and any(file.name not in begun for file in self.path.iterdir()):
             hint = "add --resume to continue the run in it, or " if (self.path / CONFIG_FILE).is_file() else ""
             raise UserError(f"--output {self.path} exists and is not empty: {hint}give another folder")
 

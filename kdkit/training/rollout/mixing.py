@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -287,13 +287,12 @@ class Rollout:
         self.settle()
 
     def _memory(self) -> Memory:
-        rule = {} if self.collapse is None else {**vars(self.collapse)}
-        rule.pop("config", None)
+        rule = {} if self.collapse is None else {k: v for k, v in vars(self.collapse).items() if k != "config"}
         numbers = {
-            "threshold": asdict(self.threshold),
+            "threshold": vars(self.threshold),
             "collapse": rule,
             "is_rouge_reached": self.is_rouge_reached,
-            "tally": asdict(self.tally),
+            "tally": {**vars(self.tally), "refused": dict(self.tally.refused)},
         }
         return Memory(self.buffer.texts(), json.dumps(numbers, indent=1))
 
