@@ -140,6 +140,53 @@ def cache(config: str, overrides: tuple[str, ...], output: Path, generate: bool,
     click.echo(f"  --set data.train={output} --set 'data.train_template=\"{{instruction}}\"'", err=True)
 
 
+@cli.command()
+@click.argument("config")
+@click.option("--over", "axes", multiple=True, required=True, metavar="FIELD=V1,V2,...", help="Values; repeatable.")
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Seeds for each combination.")
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field; repeatable.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of the sweep.  [default: runs/CONFIG-sweep]")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at a time.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON on stdout.")
+def sweep(
+    config: str,
+    axes: tuple[str, ...],
+    seeds: int,
+    overrides: tuple[str, ...],
+    output: Path | None,
+    jobs: int,
+    as_json: bool,
+) -> None:
+    """Run CONFIG over lists of values and seeds; run again, it goes on with what is missing.
+
+    `--over rollout.threshold=0,0.1,...,0.8` counts on; several --over give every combination.
+    """
+    from kdkit.training.sweep import parse_axis, plan_sweep, run_sweep
+
+    parsed = [parse_axis(axis) for axis in axes]
+    folder = output or Path("runs") / f"{Path(config).stem}-sweep"
+    runs = plan_sweep(config, parsed, folder, num_seeds=seeds, overrides=overrides)
+    from kdkit.report import sweep_table, write_sweep_figure
+    from kdkit.training.flow import StopRequest
+
+    with StopRequest().on_signals() as stop:
+        result = run_sweep(runs, parsed, folder, jobs=jobs, stop=stop)
+    if as_json:
+        click.echo((folder / "sweep.json").read_text(encoding="utf-8"))
+    elif result.figures:
+        from rich.console import Console
+
+        Console().print(sweep_table(result.cells(), [axis.field for axis in parsed]))
+    if result.figures:
+        figure = write_sweep_figure(result.cells(), [axis.field for axis in parsed], folder / "sweep.png")
+        click.echo(f"figure: {figure}", err=True)
+    if result.failures:
+        named = "\n  ".join(
+            f"{run.name}: {result.failures[run.folder]}" for run in runs if run.folder in result.failures
+        )
+        raise RunFailed(f"{len(result.failures)} of {len(runs)} runs failed:\n  {named}")
+
+
 def main() -> None:
     """Run the command line and map what stopped it to an exit code."""
     debug = "--debug" in sys.argv[1:]

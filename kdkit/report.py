@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from kdkit.errors import UserError
+from kdkit.evaluation import mean_over_seeds, paired_difference
 from kdkit.plots import (
+    METRICS,
     Row,
     comparison_finding,
     figure_bytes,
     intervals_over,
     plot_comparison,
     plot_evaluations,
+    plot_rollout,
+    plot_sweep,
     plot_training,
 )
 
@@ -197,6 +201,77 @@ def comparison_table(rows: Sequence[Row]) -> "Table":
     return table
 
 
+def sweep_table(cells: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> "Table":
+    """A sweep for a terminal: one line a combination, means over seeds, and the difference to the first one.
+
+    Args:
+        cells: one a combination: the swept fields' values, `seeds`, and each metric as one figure a seed.
+        fields: names of the swept fields.
+    Returns:
+        A table for `rich.console.Console().print`; ± is half of the 95 % t interval over seeds. The last column is the
+        mean difference in ROUGE-L to the first line, paired by seed.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    note = "± half of the 95 % t interval over seeds; the difference in ROUGE-L to the first line is paired by seed"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=note, caption_justify="left")
+    short = [name.rsplit(".", 1)[-1] for name in fields]
+    for name in (*(short if len(set(short)) == len(short) else fields), "seeds"):
+        table.add_column(name, overflow="fold")
+    for name in (*METRICS, "difference"):
+        table.add_column(_COLUMNS.get(name, name), justify="right")
+    for cell in cells:
+        values = [*(_plain(cell[name]) for name in fields), str(len(cell["seeds"]))]
+        figures = [_over_seeds(cell[name], name) for name in METRICS]
+        table.add_row(*map(Text, [*values, *figures, _difference(cell, cells[0])]))
+    return table
+
+
+def write_sweep_figure(cells: Sequence[Mapping[str, Any]], fields: Sequence[str], path: str | Path) -> Path:
+    """ROUGE-L over the first field, a line for each value of the others, as a PNG.
+
+    Args:
+        cells: as in `sweep_table`.
+        fields: names of the swept fields.
+        path: file to write or replace.
+    Returns:
+        The path.
+    """
+    others = list(fields[1:])
+    if len(others) > 1:  # one legend for all of them
+        cells = [{**cell, ", ".join(others): ", ".join(_plain(cell[name]) for name in others)} for cell in cells]
+    figure = plot_sweep(cells, x=fields[0], lines=", ".join(others) or None)
+    Path(path).write_bytes(figure_bytes(figure, "png"))
+    return Path(path)
+
+
+def _plain(value: object) -> str:
+    return "null" if value is None else str(value)
+
+
+def _over_seeds(values: Sequence[float], name: str) -> str:
+    """Mean and half interval over seeds."""
+    if not values:
+        return _NOT_MEASURED
+    mean = mean_over_seeds(values)
+    half = "" if math.isnan(mean.low) else f" ±{_written((mean.high - mean.low) / 2, name)}"
+    return _written(mean.value, name) + half
+
+
+def _difference(cell: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+    """ROUGE-L less that of the first combination, over the seeds that both have."""
+    ours, theirs = (dict(zip(c["seeds"], c["rouge_l"], strict=True)) for c in (cell, first))
+    both = [seed for seed in ours if seed in theirs]
+    if cell is first or not both:
+        return ""
+    if len(both) == 1:
+        return f"{ours[both[0]] - theirs[both[0]]:+.1f}"
+    difference = paired_difference([ours[seed] for seed in both], [theirs[seed] for seed in both])
+    return f"{difference.value:+.1f} ±{(difference.high - difference.low) / 2:.1f}"
+
+
 # --- cells -----------------------------------------------------------------------------------------------------------
 
 _COLUMNS = {
@@ -342,6 +417,9 @@ class _Run:
         measured = [row for row in self.metrics if row.get("kind") == "eval" and {"rouge_l", "perplexity"} & set(row)]
         if len(measured) > 1:  # one point is no curve
             shown.append(Illustration(plot_evaluations(self.metrics), f"Validation rows while training{of_run}."))
+        if any("rollout/threshold" in row for row in self.metrics):
+            caption = f"The student's own text: how much of it was trained on, and what the guard refused{of_run}."
+            shown.append(Illustration(plot_rollout(self.metrics), caption))
         return shown
 
 

@@ -25,6 +25,7 @@ FLOORS = (
         "training.measure",
         "training.run",
         "training.stage",
+        "training.sweep",
     ),
     ("report", "training.trainer"),
     (

@@ -1,5 +1,6 @@
 """How good a text is against its references: ROUGE-L, exact match, and how sure the mean is."""
 
+import math
 import string
 import warnings
 from collections.abc import Iterable, Sequence
@@ -236,11 +237,33 @@ def paired_difference(a: Sequence[float], b: Sequence[float], *, confidence: flo
         raise UserError(f"{len(a)} pair has no spread to judge a difference by: run at least two seeds, better five")
     if not 0 < confidence < 1:
         raise UserError(f"confidence={confidence}: it lies between 0 and 1")
-    differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    value = float(differences.mean())
-    if np.ptp(differences) == 0:
+    return _t_interval(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64), confidence)
+
+
+def mean_over_seeds(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
+    """Mean of one figure over runs that differ in the seed alone, with Student's t interval.
+
+    Args:
+        values: one number for each seed.
+        confidence: coverage of the interval, in (0, 1).
+    Returns:
+        Interval; of a single seed its value alone, with NaN for the bounds.
+    Raises:
+        UserError: there is no value.
+    """
+    if not values:
+        raise UserError("no value to take the mean of: run at least one seed")
+    if len(values) == 1:
+        return Interval(values[0], math.nan, math.nan)
+    return _t_interval(np.asarray(values, dtype=np.float64), confidence)
+
+
+def _t_interval(values: np.ndarray, confidence: float) -> Interval:
+    """Mean with Student's t interval; of equal values the interval has no width."""
+    value = float(values.mean())
+    if np.ptp(values) == 0:
         return Interval(value, value, value)
-    bounds = stats.ttest_1samp(differences, 0.0).confidence_interval(confidence)
+    bounds = stats.ttest_1samp(values, 0.0).confidence_interval(confidence)
     return Interval(value, float(bounds.low), float(bounds.high))
 
 

@@ -76,12 +76,7 @@ class RunFolder:
             return
         if not config_file.is_file():
             raise UserError(f"{self.path} holds no run to resume; leave --resume out to start one")
-        changes = list(_differences(load_config(config_file), config))
-        if changes:
-            raise UserError(
-                f"{self.path} holds a run with other settings:\n  " + "\n  ".join(changes) + "\n"
-                "Resume it with its own config, or give a new --output"
-            )
+        self.check_settings(config)
         begun_with = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
         for name, value in setup.items():
             if begun_with.get(name) != value:
@@ -95,6 +90,21 @@ class RunFolder:
             raise UserError(
                 f"the {' and '.join(changed)} rows are no longer those that the run in {self.path} began with: "
                 "put them back, or give a new --output"
+            )
+
+    def check_settings(self, config: DistillConfig) -> None:
+        """Refuse a config other than the one that the run in the folder has.
+
+        Args:
+            config: the run that is meant.
+        Raises:
+            UserError: names each field that differs.
+        """
+        changes = list(_differences(load_config(self.path / CONFIG_FILE), config))
+        if changes:
+            raise UserError(
+                f"{self.path} holds a run with other settings:\n  " + "\n  ".join(changes) + "\n"
+                "Resume it with its own config, or give a new --output"
             )
 
     def _refuse_occupied(self) -> None:

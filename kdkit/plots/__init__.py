@@ -1,0 +1,26 @@
+"""Figures from plain rows: each answers one question, and its title says the answer.
+
+Rows are those of metrics.jsonl or of a comparison; no model and no trainer is needed. Figures are made without pyplot,
+so that none stays open.
+"""
+
+from kdkit.plots.alignment import plot_alignment
+from kdkit.plots.axes import METRICS, Row, figure_bytes
+from kdkit.plots.comparison import comparison_finding, intervals_over, plot_comparison
+from kdkit.plots.rollout import plot_rollout
+from kdkit.plots.sweep import plot_sweep
+from kdkit.plots.training import plot_evaluations, plot_training
+
+__all__ = [
+    "METRICS",
+    "Row",
+    "comparison_finding",
+    "figure_bytes",
+    "intervals_over",
+    "plot_alignment",
+    "plot_comparison",
+    "plot_evaluations",
+    "plot_rollout",
+    "plot_sweep",
+    "plot_training",
+]
