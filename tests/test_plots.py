@@ -15,6 +15,8 @@ from kdkit.plots import (
     plot_alignment,
     plot_comparison,
     plot_evaluations,
+    plot_rollout,
+    plot_sweep,
     plot_training,
 )
 
@@ -301,3 +303,67 @@ class TestImport:
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "[]"
+
+
+def rollout_rows():
+    def row(step, gold, fresh, replayed, **figures):
+        shares = {"gold": gold, "fresh": fresh, "replayed": replayed}
+        named = {f"rollout/{name}_fraction": share for name, share in shares.items()}
+        return train_row(step, loss=1.0, **named, **{f"rollout/{name}": value for name, value in figures.items()})
+
+    refused = {"refused/no_end": 0.5, "refused/repeats": 0.25, "refused/too_short": 0.0}
+    return [
+        row(10, 1.0, 0.0, 0.0, threshold=0.0),
+        row(20, 0.25, 0.75, 0.0, threshold=0.8, pass_fraction=0.25, **refused),
+        {"kind": "eval", "stage": "distill", "step": 20, "rouge_l": 6.0, "note": "... replay buffer emptied"},
+        row(30, 0.5, 0.0, 0.5, threshold=0.4),
+    ]
+
+
+class TestPlotRollout:
+    def test_title_says_how_much_was_trained_on_and_what_happened(self):
+        assert title(plot_rollout(rollout_rows())) == (
+            "60% of the training rows were the student's own text; the guard let 25% pass; "
+            "the threshold was taken back once; ROUGE-L ended at 6.0"
+        )
+
+    def test_shares_threshold_and_reasons_are_the_rows_own(self):
+        mix, threshold, refused, rouge = plot_rollout(rollout_rows()).axes
+        labels = [text.get_text() for text in mix.get_legend().get_texts()]
+        assert labels == ["gold", "fresh", "replayed"]
+        assert lines_of(threshold)["_child0"] == ([9.0, 10.0, 20.0, 30.0], [0.0, 0.8, 0.4, 0.4])
+        assert [text.get_text() for text in refused.get_legend().get_texts()] == ["no end", "repeats"]
+        assert lines_of(rouge)["_child0"] == ([20.0], [6.0])
+
+    def test_rows_without_a_rollout_are_refused(self):
+        with pytest.raises(UserError, match="speaks of a rollout"):
+            plot_rollout(kd_rows())
+
+
+class TestPlotSweep:
+    CELLS = (
+        {"a.threshold": 0, "a.guard": None, "rouge_l": [20.0, 22.0]},
+        {"a.threshold": 0.5, "a.guard": None, "rouge_l": [6.0, 7.0]},
+        {"a.threshold": 0, "a.guard": "on", "rouge_l": [20.0, 22.0]},
+        {"a.threshold": 0.5, "a.guard": "on", "rouge_l": []},
+    )
+
+    def test_title_names_the_best_and_the_worst(self):
+        figure = plot_sweep(self.CELLS, x="a.threshold", lines="a.guard")
+        assert title(figure) == "ROUGE-L: best 21.0 at threshold 0, guard null, worst 6.5 at threshold 0.5, guard null"
+        assert "2 seeds" in figure.get_supxlabel()
+
+    def test_points_are_means_at_the_numbers(self):
+        (axes,) = plot_sweep(self.CELLS, x="a.threshold", lines="a.guard").axes
+        drawn = [
+            (container[0].get_xdata().tolist(), container[0].get_ydata().tolist()) for container in axes.containers
+        ]
+        assert drawn == [([0.0, 0.5], [21.0, 6.5]), ([0.0], [21.0])]
+
+    def test_values_that_are_no_numbers_stand_side_by_side(self):
+        (axes,) = plot_sweep(self.CELLS, x="a.guard").axes
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["null", "on"]
+
+    def test_nothing_measured_is_refused(self):
+        with pytest.raises(UserError, match="no run of the sweep has rouge_l"):
+            plot_sweep(self.CELLS[3:], x="a.threshold")

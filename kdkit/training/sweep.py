@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -114,12 +114,12 @@ def _counted_on(plain: Sequence[str], index: int, text: str) -> list[JsonValue]:
         first, second, last = (Decimal(plain[place]) for place in (index - 2, index - 1, index + 1))
         step = second - first
         count = (last - second) / step
-    except (InvalidOperation, IndexError, TypeError) as error:
-        raise UserError(
-            f"--over {text}: `...` counts on, as in 0,0.1,...,0.8: two numbers before it, one after"
-        ) from error
-    if index < 2 or count != count.to_integral_value() or count < 1:
-        raise UserError(f"--over {text}: counting from {first} by {step} does not arrive at {last}")
+    except (ArithmeticError, IndexError, TypeError, ValueError):
+        count = step = last = Decimal("nan")
+    if index < 2 or not count.is_finite():
+        raise UserError(f"--over {text}: `...` counts on from two numbers to a third, as in 0,0.1,...,0.8")
+    if count != count.to_integral_value() or count < 1:
+        raise UserError(f"--over {text}: counting on by {step} does not arrive at {last}")
     between = (second + step * number for number in range(1, int(count)))
     return [int(x) if x == x.to_integral_value() else float(x) for x in between]
 
