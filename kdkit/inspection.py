@@ -25,8 +25,10 @@ from kdkit.loading import backbone_hidden, check_head, load_model, load_teacher,
 from kdkit.losses.alignment import alignment_loss, pool_units
 from kdkit.runtime import preflight, preserved_rng_state, seed_everything
 from kdkit.softdtw import expected_alignment, pairwise_cost
+from kdkit.training.checkpoint import PREFIX, newest_checkpoint
 from kdkit.training.folder import CONFIG_FILE, RunFolder
 from kdkit.training.objective import PROJECTOR, Objective
+from kdkit.training.rollout import TEXTS_FILE, unpack_texts
 from kdkit.training.run import STAGE_SEED_STRIDE
 from kdkit.training.trainer import ADAPTERS_FILE
 
@@ -132,6 +134,37 @@ def compare_answers(models: RunModels, prompt: str) -> dict[str, str]:
     asked = [*models.students.items(), ("teacher", models.teacher)]
     answers = {name: generate_answers(model, models.tokenizer, [written], settings)[0].text for name, model in asked}
     return {"prompt": prompt.strip(), **answers}
+
+
+def replayed_texts(folder: str | Path) -> list[dict[str, Any]]:
+    """What a run's replay buffer held at its last checkpoint, newest first.
+
+    Args:
+        folder: of a run whose last stage trained on the student's own text.
+    Returns:
+        One row a text: `prompt`, `text`, `age_steps` and `teacher_logprob` (nats a token; NaN: not asked for).
+    Raises:
+        UserError: the folder holds no run, or none with a replay buffer.
+    """
+    run = RunFolder(Path(folder))
+    if not (run.path / CONFIG_FILE).is_file():
+        raise UserError(f"{folder} holds no run")
+    config = load_config(run.path / CONFIG_FILE)
+    newest = newest_checkpoint(run.stage(list(config.stages)[-1]))
+    if newest is None or not (newest / TEXTS_FILE).is_file():
+        raise UserError(
+            f"the last stage of {folder} has no replay buffer: its rollout.mode is off, or it saved nothing"
+        )
+    tokenizer, step = load_tokenizer(newest), int(newest.name.removeprefix(PREFIX))
+    return [
+        {
+            "prompt": tokenizer.decode(held.row["input_ids"][: held.row["prompt_length"]]),
+            "text": tokenizer.decode(held.row["input_ids"][held.row["prompt_length"] :], skip_special_tokens=True),
+            "age_steps": step - held.born_step,
+            "teacher_logprob": held.score,
+        }
+        for held in reversed(unpack_texts(load_file(newest / TEXTS_FILE)))
+    ]
 
 
 def choose_example(predictions: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdkit.errors import UserError
 from kdkit.evaluation import GenerationSettings, generate_answers
-from kdkit.inspection import alignment_of, choose_example, compare_answers, load_run_models
+from kdkit.inspection import alignment_of, choose_example, compare_answers, load_run_models, replayed_texts
 from kdkit.training.run import run_distillation
 
 OBJECTIVE = {"kd": {"weight": 1.0}, "dtw": {"weight": 0.5, "band": 4}}
@@ -164,3 +164,18 @@ class TestAlignmentOf:
         found = load_run_models(run_distillation(config, tmp_path / "run").folder)
         with pytest.raises(UserError, match="aligned nothing"):
             alignment_of(found, "Q\nAnswer:\n", "An answer.")
+
+
+class TestReplayedTexts:
+    def test_newest_first_with_their_age(self, pair, tmp_path):
+        free = ("rollout.mode=mixed", "rollout.threshold=1", "rollout.guard=null", "rollout.collapse=null")
+        config = tiny_config(pair, *free, "rollout.max_new_tokens=4", objective=OBJECTIVE, max_steps=2)
+        texts = replayed_texts(run_distillation(config, tmp_path / "run").folder)
+        assert [text["age_steps"] for text in texts] == [1] * 8 + [2] * 8
+        assert all(text["prompt"].endswith("Answer:\n") for text in texts)
+
+    def test_a_run_without_student_text_has_none(self, run, tmp_path):
+        with pytest.raises(UserError, match="has no replay buffer"):
+            replayed_texts(run.folder)
+        with pytest.raises(UserError, match="holds no run"):
+            replayed_texts(tmp_path)

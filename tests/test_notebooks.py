@@ -188,3 +188,37 @@ class TestDistillNotebook:
         assert "optimizer steps" in printed(first)
         assert "optimizer steps" not in printed(again)
         assert not [o for o in outputs(again) if o.output_type == "error" or o.get("name") == "stderr"]
+
+
+GENERATION = ROOT / "notebooks" / "05_student_generation.py"
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory):
+    """The notebook on the student's own text at its smallest size."""
+    folder = tmp_path_factory.mktemp("generation")
+    yield execute(GENERATION, folder, size="smoke")
+    shutil.rmtree(folder)
+
+
+class TestGenerationNotebook:
+    def test_nothing_is_red_and_nothing_warns(self, generated):
+        assert not [o for o in outputs(generated) if o.output_type == "error" or o.get("name") == "stderr"]
+        assert not re.search(r"warning", printed(generated), re.IGNORECASE)
+
+    def test_it_shows_the_comparison_and_both_rollouts_as_pictures(self, generated):
+        titles = [o.metadata["image/png"]["alt"] for o in outputs(generated) if "image/png" in o.get("data", {})]
+        assert len(titles) == 3
+        assert sum("student's own text" in title for title in titles) == 2
+
+    def test_distillms_trace_is_shown_for_each_reference(self, generated):
+        (line,) = [line for line in printed(generated).splitlines() if line.split()[:1] == ["previous"]]
+        assert line.split()[1:] == ["0.0", "0.0", "0.1", "0.2", "0.2", "0.3", "0.3", "0.4", "0.4", "0.5"]
+
+    @pytest.mark.slow
+    def test_the_default_takes_less_than_five_minutes_and_a_second_execution_goes_on(self, tmp_path):
+        started = time.monotonic()
+        execute(GENERATION, tmp_path, size="5 minutes")
+        assert time.monotonic() - started < SECONDS_OF_THE_DEFAULT
+        again = execute(GENERATION, tmp_path, size="5 minutes")
+        assert "optimizer steps" not in printed(again)
