@@ -7,7 +7,8 @@ The map, in the order in which a run uses it:
     teacher     what a loss may know of the teacher, live or cached, behind one interface
     losses      divergences, the chunked head pass, the alignment of hidden states
     softdtw     soft dynamic time warping: values, gradients, expected alignments
-    training    objective, model, trainer, checkpoints, and `run`, which strings stages together
+    training    objective, model, trainer, checkpoints, and `run`, which strings stages together;
+                `rollout`, the student's own text; `sweep`, one config over values and seeds
     evaluation  ROUGE-L, exact match, perplexity, with confidence intervals
     plots       figures from plain rows;  report: one HTML page per run
     inspection  a finished run's models on one prompt, and how they align;  notebook: what notebooks call

@@ -12,8 +12,21 @@ from safetensors.torch import load_file
 from test_trainer import OBJECTIVES, assert_same_gradients, gradients_of, rows_of
 from tiny import ALL_TERMS, make_pair, tiny_config
 
+from kdkit.training.rollout import STATE_FILE, TEXTS_FILE, unpack_texts
+
 TINY = Path(__file__).with_name("tiny.py")
 STEPS = {"max_steps": 2, "scheduler": "constant", "warmup_steps": 0}
+
+FSDP = (
+    "--use_fsdp",
+    "--fsdp_version=1",
+    "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP",
+    "--fsdp_transformer_layer_cls_to_wrap=LlamaDecoderLayer",
+    "--fsdp_state_dict_type=FULL_STATE_DICT",
+    "--fsdp_use_orig_params=true",
+    "--fsdp_sync_module_states=false",  # the default asks for an accelerator
+    "--fsdp_cpu_ram_efficient_loading=false",
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,21 +66,32 @@ class TestTwoProcesses:
         for key in ("loss", "cross_entropy"):
             assert measured[key] == pytest.approx(expected[key], rel=1e-4)
 
+    def test_hold_the_same_replay_buffer_and_threshold(self, pair, tmp_path):
+        """Each writes its own texts; all keep those of all, so that a checkpoint of one speaks for both."""
+        free = ("rollout.mode=adaptive", "rollout.threshold=0.9", "rollout.loss_epsilon=0", "rollout.guard=null")
+        more = ("rollout.collapse=null", "rollout.max_new_tokens=4", "rollout.capacity=12", "evaluation.every_steps=1")
+        objective = {"kd": {"weight": 1.0}}
+        config = tiny_config(pair, *free, *more, objective=objective, batch_size=4, **STEPS | {"max_steps": 4})
+        rows = launch(tmp_path / "two", config, "--multi_gpu")
+        folders = [tmp_path / "two" / f"rollout-{rank}" for rank in range(2)]
+        ours, theirs = ((folder / STATE_FILE).read_text() for folder in folders)
+        assert ours == theirs
+        texts, others = (unpack_texts(load_file(folder / TEXTS_FILE)) for folder in folders)
+        assert len(texts) == 12
+        assert [(text.row, text.born_step) for text in texts] == [(text.row, text.born_step) for text in others]
+        assert any(row.get("rollout/replayed_fraction") for row in rows)
+
+    def test_fsdp_with_the_students_text_is_refused(self, pair, tmp_path):
+        config = tiny_config(
+            pair, "rollout.mode=on_policy", "rollout.collapse=null", "rollout.max_new_tokens=4", batch_size=4, **STEPS
+        )
+        with pytest.raises(AssertionError, match="rollout needs the whole student in each process, and FSDP cuts it"):
+            launch(tmp_path / "two", config, *FSDP)
+
     def test_sharded_by_fsdp_train_to_the_same_weights(self, pair, tmp_path):
         config = tiny_config(pair, objective=ALL_TERMS, batch_size=4, **STEPS)
         gradients_of(tiny_config(pair, objective=ALL_TERMS, batch_size=8, **STEPS), tmp_path / "one")
-        launch(
-            tmp_path / "two",
-            config,
-            "--use_fsdp",
-            "--fsdp_version=1",
-            "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP",
-            "--fsdp_transformer_layer_cls_to_wrap=LlamaDecoderLayer",
-            "--fsdp_state_dict_type=FULL_STATE_DICT",
-            "--fsdp_use_orig_params=true",
-            "--fsdp_sync_module_states=false",  # the default asks for an accelerator
-            "--fsdp_cpu_ram_efficient_loading=false",
-        )
+        launch(tmp_path / "two", config, *FSDP)
         saved = tmp_path / "two" / "run" / "checkpoint-2"
         weights = load_file(saved / "model.safetensors")
         expected = load_file(tmp_path / "one" / "checkpoint-2" / "model.safetensors")

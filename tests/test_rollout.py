@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from label_faults import label_faults
 from tiny import make_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -376,3 +377,22 @@ def byte_token(byte):
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     return bytes_to_unicode()[byte]
+
+
+class TestLabelFaults:
+    """What the story of seed 000 puts back in is what DistiLLM's code does, and only to the student's text."""
+
+    ROWS = (row([8, 9, EOS]), {**row([7, 8, EOS]), "is_gold": True}, row([8, 9]))
+
+    def test_the_mask_is_one_late_and_the_end_is_dropped(self):
+        collator = DistillCollator(pad_token_id=EOS)
+        right = collator(list(self.ROWS))
+        with label_faults(learn_labels=True):
+            wrong = collator(list(self.ROWS))
+        for batch, counted in ((right, [[2, 3, 4], [2, 3, 4], [2, 3]]), (wrong, [[3, 4], [2, 3, 4], [3]])):
+            width = batch["input_ids"].shape[1]
+            of_row = [batch["positions"][batch["positions"] // width == b] % width for b in range(3)]
+            assert [positions.tolist() for positions in of_row] == counted
+        learnt = wrong["labels"].flatten()[wrong["positions"] + 1]
+        assert learnt.tolist() == [8, 9, 7, 8, EOS, 8]  # of the student's text: the token at the position itself
+        assert wrong["num_labels"] == 6

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from kdkit.config import load_config
 from kdkit.errors import UserError
 from kdkit.evaluation import Answer
+from kdkit.teacher.sources import LiveTeacher
 from kdkit.training import checkpoint
 from kdkit.training.rollout import STATE_FILE, TEXTS_FILE, build_rollout, unpack_texts
 from kdkit.training.rollout import generator as generator_module
@@ -290,6 +291,17 @@ class TestRefusals:
                 num_warmup_steps=0,
                 references=list,
             )
+
+    def test_words_of_a_tokenizer_that_does_not_give_back_its_text_are_refused(self, pair):
+        tokenizer = AutoTokenizer.from_pretrained(pair["student"])
+        teacher = LiveTeacher(LlamaForCausalLM.from_pretrained(pair["teacher"]))
+        steps = {"num_steps": 1, "num_warmup_steps": 0, "references": list, "collator": None}
+        objective = {"kd": {"weight": 1.0}, "dtw": {"weight": 1.0}}
+        with mock.patch.object(tokenizer, "decode", return_value="withoutspaces"):
+            with pytest.raises(UserError, match=r"does not give back 'The quick brown fox.*dtw\.unit=token"):
+                build_rollout(mixed_config(pair, objective=objective), tokenizer=tokenizer, teacher=teacher, **steps)
+            tokens = mixed_config(pair, "objective.dtw.unit=token", objective=objective)
+            assert build_rollout(tokens, tokenizer=tokenizer, teacher=teacher, **steps) is not None
 
     def test_texts_beyond_the_students_positions_are_refused_before_step_1(self, pair, tmp_path):
         config = mixed_config(pair, "data.max_length=1024", "rollout.max_new_tokens=600")

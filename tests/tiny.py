@@ -142,6 +142,11 @@ def build_trainer(
     return trainer
 
 
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
 def main() -> None:
     """Train the config in `FOLDER/config.json` as one of several processes; the first writes down its gradients."""
     folder = Path(sys.argv[1])
@@ -149,6 +154,8 @@ def main() -> None:
     dump = GradientDump()
     trainer = build_trainer(load_config(given), folder / "run", callbacks=(dump,))
     trainer.train()
+    if trainer.rollout is not None:
+        trainer.rollout.save(_made(folder / f"rollout-{trainer.accelerator.process_index}"))
     if trainer.is_world_process_zero():
         for number, gradients in enumerate(dump.steps):
             plain = {name.removeprefix("module."): value.contiguous() for name, value in gradients.items()}

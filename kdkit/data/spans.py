@@ -133,6 +133,18 @@ def offsets_of_ids(
     ]
 
 
+def text_not_given_back(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """The first of PROBES whose words are others once it was encoded and decoded; None where all come back.
+
+    A decoder that loses spaces, or a normaliser that rewrites letters, makes other words of what a model writes.
+    """
+    for text in PROBES:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if tokenizer.decode(ids, clean_up_tokenization_spaces=False).split() != text.split():
+            return text
+    return None
+
+
 def _grown_offsets(text: str, ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[int, int]]:
     """(start, end) of each id, from the length of what the ids up to it decode to."""
     begun = tokenizer.batch_decode(

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdkit.config import DistillConfig, RolloutConfig
 from kdkit.data.batch import Batch, DistillCollator, EncodedRow, Unit, batch_rows
+from kdkit.data.spans import text_not_given_back
 from kdkit.errors import UserError
 from kdkit.evaluation import GenerationSettings, label_losses
 from kdkit.runtime import generator
@@ -320,7 +321,8 @@ def build_rollout(
     Returns:
         Rollout or None.
     Raises:
-        UserError: the teacher's signal was written down beforehand, so that it cannot read new text.
+        UserError: the teacher's signal was written down beforehand, so that it cannot read new text; or words are to be
+            aligned and the tokenizer does not give back what it encoded.
     """
     settings, guard = config.rollout, config.rollout.guard
     if not settings.is_on:
@@ -339,6 +341,11 @@ def build_rollout(
         seed=config.seed,
     )
     unit: Unit | None = config.objective.dtw.unit if config.objective.dtw.weight.largest > 0 else None
+    if unit == "word" and (lost := text_not_given_back(tokenizer)) is not None:
+        raise UserError(
+            f"the words of what the student writes (rollout.mode {settings.mode}) are to be aligned, and its tokenizer "
+            f"does not give back {lost!r}: set objective.dtw.unit=token, or rollout.mode=off"
+        )
     begin = settings.gate.begin_fraction if settings.gate is not None else 0.0
     return Rollout(
         settings,
