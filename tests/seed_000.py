@@ -70,7 +70,8 @@ def plan(variant: Variant, *, seed: int, steps: int) -> dict:
         "threads": 1,
         "optim": {"learning_rate": 6e-3},
         "objective": lm,
-        "evaluation": {"every_steps": 25, "generate_rows": 100},
+        "evaluation": {"every_steps": 40, "generate_rows": 50},
+        "data": {"test_rows": 300},
         "stages": {
             "warm_start": {"objective": supervised, "optim": {"max_steps": warm}},
             "distill": {"optim": {"max_steps": steps - warm}, "rollout": variant.rollout},
@@ -99,7 +100,7 @@ def run(variant: Variant, output: Path, tree: dict) -> dict:
 @click.command(help=__doc__)
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--seeds", default=8, show_default=True, help="How many, counted 10, 20, ...")
-@click.option("--steps", default=400, show_default=True, help="Optimizer steps of every student.")
+@click.option("--steps", default=240, show_default=True, help="Optimizer steps of every student.")
 @click.option("--jobs", default=2, show_default=True, help="Runs at a time, one thread each.")
 @click.option("--only", multiple=True, help="Names of variants to run; default: all.")
 def main(output: Path, seeds: int, steps: int, jobs: int, only: tuple[str, ...]) -> None:

@@ -1,10 +1,12 @@
 """Tiny models on disk and trainers over them, for tests; run as a script it is one process of a distributed step."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
+from cpu_sharding import shard_on_cpu
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
@@ -150,10 +152,13 @@ def _made(folder: Path) -> Path:
 def main() -> None:
     """Train the config in `FOLDER/config.json` as one of several processes; the first writes down its gradients."""
     folder = Path(sys.argv[1])
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        shard_on_cpu()
     given = json.loads((folder / "config.json").read_text())
     dump = GradientDump()
     trainer = build_trainer(load_config(given), folder / "run", callbacks=(dump,))
     trainer.train()
+    (folder / "wrapper.txt").write_text(type(trainer.model_wrapped).__name__)
     if trainer.rollout is not None:
         trainer.rollout.save(_made(folder / f"rollout-{trainer.accelerator.process_index}"))
     if trainer.is_world_process_zero():

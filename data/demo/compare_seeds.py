@@ -24,6 +24,8 @@ from rich.table import Table
 SFT_RATES = (1e-3, 3e-3, 6e-3)
 KD_RATE = ("optim.learning_rate=6e-3",)  # SFT's best; distillation is not tuned further
 WARM_SHARE = 1 / 3
+START_SHARE = 1 / 4
+"""Of the steps, on labelled rows before the student writes itself."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Variant:
     """Whether the first third of the steps is supervised, from the labels alone."""
     on_answers: bool = False
     """Whether it distils on what the teacher wrote."""
+    on_prompts: bool = False
+    """Whether it goes on with what it writes itself to all prompts, after the labelled rows."""
 
 
 VARIANTS = (
@@ -45,15 +49,15 @@ VARIANTS = (
     Variant("forward KL + DTW", ("fkl-dtw",), KD_RATE, is_warm=False),
     Variant("forward KL, teacher's answers", ("fkl",), KD_RATE, is_warm=False, on_answers=True),
     Variant("forward KL + DTW, teacher's answers", ("fkl-dtw",), KD_RATE, is_warm=False, on_answers=True),
+    Variant("forward KL + DTW, own text", ("on-policy-fkl-dtw",), KD_RATE, is_warm=False, on_prompts=True),
     Variant("skew reverse KL", ("srkl",), KD_RATE),
     Variant("skew reverse KL + DTW", ("srkl-dtw",), KD_RATE),
 )
 
 
-def plan(variant: Variant, *, base: dict, seed: int, steps: int, answers: Path | None) -> dict:
+def plan(variant: Variant, *, base: dict, seed: int, steps: int, answers: Path | None, prompts: Path) -> dict:
     """The config of one run."""
-    below = base.get("preset", [])
-    tree = base | {"preset": [*([below] if isinstance(below, str) else below), *variant.presets]}
+    tree = base | {"preset": [*_presets(base), *variant.presets]}
     tree |= {"seed": seed, "threads": 1, "optim": base.get("optim", {}) | {"max_steps": steps}}
     if variant.is_warm:
         warm = round(WARM_SHARE * steps)
@@ -65,7 +69,32 @@ def plan(variant: Variant, *, base: dict, seed: int, steps: int, answers: Path |
     if variant.on_answers:
         own = {"train": str(answers), "train_rows": None, "train_template": "{instruction}"}
         tree["data"] = base.get("data", {}) | own
+    if variant.on_prompts:
+        start = round(START_SHARE * steps)
+        tree["stages"] = {
+            "start": {"optim": {"max_steps": start}},
+            "own": {"optim": {"max_steps": steps - start}, "data": {"train": str(prompts), "train_rows": None}},
+        }
     return tree
+
+
+def write_prompts(base: dict, path: Path) -> Path:
+    """Every training row of the base, the answers of all but the labelled ones taken out."""
+    from kdkit.config import load_config
+
+    data = load_config(base | {"preset": [*_presets(base), "fkl"]}).data
+    assert data.train_rows is not None
+    lines = Path(data.train).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    kept = rows[: data.train_rows] + [row | {"output": ""} for row in rows[data.train_rows :]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+    return path
+
+
+def _presets(base: dict) -> list[str]:
+    below = base.get("preset", [])
+    return [below] if isinstance(below, str) else list(below)
 
 
 def run(variant: Variant, output: Path, tree: dict, overrides: tuple[str, ...]) -> dict[str, float]:
@@ -105,11 +134,16 @@ def main(
     possible = [variant for variant in VARIANTS if answers is not None or not variant.on_answers]
     chosen = [variant for variant in possible if not only or variant.name in only]
     below = {"preset": "demo"} if base is None else yaml.safe_load(base.read_text(encoding="utf-8"))
+    prompts = write_prompts(below, output / "prompts.jsonl")
     numbers = [10 * (index + 1) for index in range(seeds)]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         pending = {
             (variant.name, seed): pool.submit(
-                run, variant, output, plan(variant, base=below, seed=seed, steps=steps, answers=answers), overrides
+                run,
+                variant,
+                output,
+                plan(variant, base=below, seed=seed, steps=steps, answers=answers, prompts=prompts),
+                overrides,
             )
             for seed in numbers
             for variant in chosen

@@ -457,6 +457,8 @@ class DistillTrainer(Trainer):
         student = adapters = None  # None: the module's own, which FSDP has cut into shards
         if state_dict is not None:
             student, adapters = _below(state_dict, "student."), _below(state_dict, "adapters.")
+            for tied in unwrapped.student.all_tied_weights_keys:  # gathered one by one, they no longer share memory
+                student.pop(tied, None)
         unwrapped.student.save_pretrained(folder, state_dict=student, max_shard_size="1000GB")
         adapters = unwrapped.adapters.state_dict() if adapters is None else adapters
         if adapters:
