@@ -13,6 +13,7 @@ import json
 import re
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -55,8 +56,8 @@ VARIANTS = (
 )
 
 
-def plan(variant: Variant, *, base: dict, seed: int, steps: int, answers: Path | None, prompts: Path) -> dict:
-    """The config of one run."""
+def plan(variant: Variant, *, base: dict, seed: int, steps: int, files: dict[str, str]) -> dict:
+    """The config of one run; `files` has the teacher's answers and all prompts."""
     tree = base | {"preset": [*_presets(base), *variant.presets]}
     tree |= {"seed": seed, "threads": 1, "optim": base.get("optim", {}) | {"max_steps": steps}}
     if variant.is_warm:
@@ -67,13 +68,13 @@ def plan(variant: Variant, *, base: dict, seed: int, steps: int, answers: Path |
             "distill": {"optim": {"max_steps": steps - warm}},
         }
     if variant.on_answers:
-        own = {"train": str(answers), "train_rows": None, "train_template": "{instruction}"}
+        own = {"train": files["answers"], "train_rows": None, "train_template": "{instruction}"}
         tree["data"] = base.get("data", {}) | own
     if variant.on_prompts:
         start = round(START_SHARE * steps)
         tree["stages"] = {
             "start": {"optim": {"max_steps": start}},
-            "own": {"optim": {"max_steps": steps - start}, "data": {"train": str(prompts), "train_rows": None}},
+            "own": {"optim": {"max_steps": steps - start}, "data": {"train": files["prompts"], "train_rows": None}},
         }
     return tree
 
@@ -134,17 +135,12 @@ def main(
     possible = [variant for variant in VARIANTS if answers is not None or not variant.on_answers]
     chosen = [variant for variant in possible if not only or variant.name in only]
     below = {"preset": "demo"} if base is None else yaml.safe_load(base.read_text(encoding="utf-8"))
-    prompts = write_prompts(below, output / "prompts.jsonl")
+    files = {"prompts": str(write_prompts(below, output / "prompts.jsonl")), "answers": str(answers)}
+    planned = partial(plan, base=below, steps=steps, files=files)
     numbers = [10 * (index + 1) for index in range(seeds)]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         pending = {
-            (variant.name, seed): pool.submit(
-                run,
-                variant,
-                output,
-                plan(variant, base=below, seed=seed, steps=steps, answers=answers, prompts=prompts),
-                overrides,
-            )
+            (variant.name, seed): pool.submit(run, variant, output, planned(variant, seed=seed), overrides)
             for seed in numbers
             for variant in chosen
         }
