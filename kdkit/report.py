@@ -419,6 +419,7 @@ class _Run:
             shown.append(Illustration(plot_evaluations(self.metrics), f"Validation rows while training{of_run}."))
         if any("rollout/threshold" in row for row in self.metrics):
             caption = f"The student's own text: how much of it was trained on, and what the guard refused{of_run}."
+            caption += "".join(f" Step {row['step']}: {row['note']}." for row in self.metrics if "note" in row)
             shown.append(Illustration(plot_rollout(self.metrics), caption))
         return shown
 

@@ -1,7 +1,8 @@
-"""The two faults of DistiLLM's code in what it counts of the student's text, put back into the collator.
+"""The two faults of DistiLLM's code in what it counts of the student's text, put back into the batches of training.
 
 Its labels of generated text stand at the token itself where those of the data stand one before, so that the mask is one
-position late; and every id equal to the padding's is dropped, which is the end-of-text's as well.
+position late; and every id equal to the padding's is dropped, which is the end-of-text's as well. The guard sees the
+texts as they are.
 """
 
 from collections.abc import Iterator
@@ -10,50 +11,42 @@ from unittest import mock
 
 import torch
 
-from kdkit.data.batch import NOT_COUNTED, Batch, DistillCollator
+from kdkit.data.batch import NOT_COUNTED, Batch
+from kdkit.training.rollout import Rollout
 
-_collate = DistillCollator.__call__
+_mix = Rollout.mix
 
 
-def faulty_collate(collator: DistillCollator, rows: list, *, learn_labels: bool) -> Batch:
+def faulty_batch(batch: Batch, *, end_id: int, learn_labels: bool) -> Batch:
     """A batch whose rows of the student's own text count as DistiLLM's code counts them.
 
     Args:
-        collator: the right one.
-        rows: gold rows and the student's.
+        batch: gold rows and the student's.
+        end_id: end-of-text, and there padding.
         learn_labels: let the cross-entropy learn the student's text too, with the labels at the token itself.
     """
-    batch = _collate(collator, rows)
-    written = torch.tensor([not row.get("is_gold", True) for row in rows])
-    if not written.any():
-        return batch
-    ids, labels = batch["input_ids"], batch["labels"].clone()
+    ids, labels = batch["input_ids"], batch["labels"]
     width = ids.shape[1]
-    late = labels.roll(1, dims=1)  # late[t + 1] = labels[t]: what `positions + 1` reads is the token at the position
+    written = torch.zeros(len(ids), dtype=torch.bool)
+    written[(batch["positions"] // width)[~batch["is_gold"]]] = True
+    late = labels.roll(1, dims=1)  # what `positions + 1` reads is then the token at the position
     late[:, 0] = NOT_COUNTED
-    end = ids[torch.arange(len(rows)), batch["lengths"] - 1]  # (B,) the end-of-text, where there is one
-    late[(late == end[:, None]) & (batch["labels"].roll(1, dims=1) == end[:, None])] = NOT_COUNTED
+    late[late == end_id] = NOT_COUNTED
     labels = torch.where(written[:, None], late, labels)
-    positions = (labels[:, 1:] != NOT_COUNTED).nonzero()  # (N, 2)
-    rows_of = positions[:, 0]
-    is_gold = torch.full((len(positions),), True) if learn_labels else ~written[rows_of]
-    return Batch(
-        **batch
-        | {
-            "labels": labels,
-            "positions": rows_of * width + positions[:, 1],
-            "is_gold": is_gold,
-            "num_labels": int(is_gold.sum()),
-        }
-    )
+    rows, columns = (labels[:, 1:] != NOT_COUNTED).nonzero(as_tuple=True)  # (N,) twice
+    is_gold = torch.full_like(rows, True, dtype=torch.bool) if learn_labels else ~written[rows]
+    counted = {"labels": labels, "positions": rows * width + columns, "is_gold": is_gold}
+    return Batch(**batch | counted | {"num_labels": int(is_gold.sum())})
 
 
 @contextmanager
 def label_faults(*, learn_labels: bool = False) -> Iterator[None]:
-    """Both faults in every batch made inside."""
+    """Both faults in every batch trained on inside."""
 
-    def collate(self, rows):
-        return faulty_collate(self, rows, learn_labels=learn_labels)
+    def mix(self, batches, student, **kwargs):
+        end_id = self.generate.tokenizer.eos_token_id
+        mixed, figures = _mix(self, batches, student, **kwargs)
+        return [faulty_batch(batch, end_id=end_id, learn_labels=learn_labels) for batch in mixed], figures
 
-    with mock.patch.object(DistillCollator, "__call__", collate):
+    with mock.patch.object(Rollout, "mix", mix):
         yield

@@ -315,7 +315,7 @@ def rollout_rows():
     return [
         row(10, 1.0, 0.0, 0.0, threshold=0.0),
         row(20, 0.25, 0.75, 0.0, threshold=0.8, pass_fraction=0.25, **refused),
-        {"kind": "eval", "stage": "distill", "step": 20, "rouge_l": 6.0, "note": "... replay buffer emptied"},
+        {"kind": "eval", "stage": "distill", "step": 20, "rouge_l": 6.0, "rollout/taken_back": 1.0},
         row(30, 0.5, 0.0, 0.5, threshold=0.4),
     ]
 

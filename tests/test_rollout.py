@@ -2,13 +2,14 @@
 
 import math
 from collections import Counter
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from label_faults import label_faults
+from label_faults import faulty_batch
 from tiny import make_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -129,7 +130,12 @@ class TestAdaptiveThreshold:
 class TestShares:
     @pytest.mark.parametrize(
         ("ratio", "fresh"),
-        [("constant", [0.3, 0.3, 0.3]), ("decreasing", [0.6, 0.45, 0.0]), ("increasing", [0.0, 0.15, 0.6])],
+        [
+            ("none", [0.6, 0.6, 0.6]),
+            ("constant", [0.3, 0.3, 0.3]),
+            ("decreasing", [0.6, 0.45, 0.0]),
+            ("increasing", [0.0, 0.15, 0.6]),
+        ],
     )
     def test_fresh_share_over_a_stage_is_distillms(self, ratio, fresh):
         found = [shares(0.6, fraction, ratio) for fraction in (0.0, 0.25, 1.0)]
@@ -146,9 +152,12 @@ class TestCollapseRule:
         assert [rule.observe(rouge, trained, threshold=phi) for rouge, phi in ((20.0, 0.1), (22.0, 0.2))] == [None] * 2
         assert rule.observe(21.0, trained, threshold=0.5) is None
         assert rule.observe(19.0, trained, threshold=0.6) == "ROUGE-L fell from 22.0 to 19.0"
-        assert rule.taken_back(0.6) == 0.2
-        assert rule.taken_back(0.3) == 0.15
-        assert rule.taken_back(0.015) == 0.0
+        assert rule.take_back(0.6, 19.0) == 0.2
+        # 19.0 is now the one to fall below: a slow recovery is no further collapse
+        assert rule.observe(17.5, trained, threshold=0.2) is None
+        assert rule.observe(17.0, trained, threshold=0.2) == "ROUGE-L fell from 19.0 to 17.0"
+        assert rule.take_back(0.2, 17.0) == 0.1
+        assert rule.take_back(0.015, 17.0) == 0.0
 
     def test_a_fall_is_not_blamed_on_texts_that_nobody_trained_on(self):
         rule = self.rule()
@@ -368,8 +377,27 @@ class TestOffsetsOfIds:
                              [len(c.encode()) for c in written])  # fmt: skip
         assert word_units(found, offsets) == per_byte.tolist()
 
+    def test_bytes_of_a_character_that_a_decoder_shows_one_by_one(self):
+        """A decoder with byte fallback writes a replacement for each byte of a character that is not complete."""
+        decoder = mock.Mock()
+        decoder.batch_decode = lambda ids, **_: [by_bytes(bytes(own)) for own in ids]
+        decoder.side_effect = lambda texts, **_: {"input_ids": [[]], "offset_mapping": [[]]}
+        ((found, offsets),) = offsets_of_ids([list("a🙂 b c".encode())], decoder)
+        assert found == "a🙂 b c"
+        assert word_units(found, offsets) == [0, 0, 0, 0, 0, -1, 1, -1, 2]
+
     def test_nothing_written(self, tokenizer):
         assert offsets_of_ids([[]], tokenizer) == [("", [])]
+
+
+def by_bytes(content):
+    """Text with a U+FFFD for each byte of a last character that is not complete."""
+    for cut in range(4):
+        try:
+            return content[: len(content) - cut].decode() + "\ufffd" * cut
+        except UnicodeDecodeError:
+            continue
+    raise AssertionError(content)
 
 
 def byte_token(byte):
@@ -385,10 +413,8 @@ class TestLabelFaults:
     ROWS = (row([8, 9, EOS]), {**row([7, 8, EOS]), "is_gold": True}, row([8, 9]))
 
     def test_the_mask_is_one_late_and_the_end_is_dropped(self):
-        collator = DistillCollator(pad_token_id=EOS)
-        right = collator(list(self.ROWS))
-        with label_faults(learn_labels=True):
-            wrong = collator(list(self.ROWS))
+        right = DistillCollator(pad_token_id=EOS)(list(self.ROWS))
+        wrong = faulty_batch(right, end_id=EOS, learn_labels=True)
         for batch, counted in ((right, [[2, 3, 4], [2, 3, 4], [2, 3]]), (wrong, [[3, 4], [2, 3, 4], [3]])):
             width = batch["input_ids"].shape[1]
             of_row = [batch["positions"][batch["positions"] // width == b] % width for b in range(3)]

@@ -46,7 +46,7 @@ def log_of(trainer, kind="train"):
     return [row for row in trainer.metrics.rows() if row["kind"] == kind]
 
 
-def student_says(*texts, tokenizer=None):
+def student_says(*texts):
     """Stands in for generation: every prompt gets the next of the texts; a text without an end was cut."""
 
     def answers(student, tokenizer, prompts, settings):
@@ -118,7 +118,8 @@ class TestWhatIsLearnt:
         objective = {"kd": {"weight": 1.0}, "lm": {"weight": 1.0}}
         trainer = build_trainer(mixed_config(pair, mode="on_policy", objective=objective), tmp_path)
         trainer.train()
-        assert [row["part/lm"] for row in log_of(trainer)] == [0.0] * 3
+        assert not any("part/lm" in row for row in log_of(trainer))
+        assert [row["weighted/lm"] for row in log_of(trainer)] == [0.0] * 3
         assert all(row["part/kd"] > 0 for row in log_of(trainer))
 
     def test_refused_texts_leave_their_gold_rows_which_alone_are_labels(self, pair, tmp_path):
@@ -155,7 +156,9 @@ class TestWhatIsLearnt:
         )
         result = run_distillation(config, tmp_path / "run")
         rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
-        assert [(row["loss"], row["grad_norm"]) for row in rows if row["kind"] == "train"] == [(0.0, 0.0)] * 3
+        steps = [row for row in rows if row["kind"] == "train"]
+        assert [(row["loss"], row["grad_norm"]) for row in steps] == [(0.0, 0.0)] * 3
+        assert [row["rollout/empty_fraction"] for row in steps] == [1.0] * 3
 
 
 class TestGuardInTraining:
@@ -171,22 +174,30 @@ class TestGuardInTraining:
     def test_the_gate_keeps_generation_off_until_the_floor_is_reached(self, pair, tmp_path):
         config = mixed_config(pair, "rollout.gate={min_rouge_l: 5}", mode="on_policy", max_steps=6)
         trainer = build_trainer(config, tmp_path)
-        reached = iter([0.0, 1.0, 6.0, 2.0, 2.0])  # the dry run, then after 2, 4 and 6 steps
+        reached = iter([0.0, 1.0, 6.0, 2.0])  # the dry run, then after 2, 4 and 6 steps
         trainer.generate = lambda student, limit: {"rouge_l": next(reached)}
         trainer.train()
         fresh = [row["rollout/fresh_fraction"] for row in log_of(trainer)]
         assert fresh == [0.0] * 4 + [1.0] * 2
         assert "opens the gate" in log_of(trainer, "eval")[1]["note"]
 
+    def test_a_gate_without_a_floor_opens_without_a_measured_rouge_l(self, pair, tmp_path):
+        gate = "rollout.gate={min_rouge_l: 0, begin_fraction: 0.5}"
+        config = mixed_config(pair, gate, "evaluation.generate_rows=0", mode="on_policy", max_steps=4)
+        trainer = build_trainer(config, tmp_path)
+        trainer.train()
+        assert [row["rollout/fresh_fraction"] for row in log_of(trainer)] == [0.0, 0.0, 1.0, 1.0]
+
     def test_a_collapse_takes_the_threshold_back_and_empties_the_buffer(self, pair, tmp_path):
         config = mixed_config(pair, "rollout.threshold=0.9", "rollout.collapse={}", max_steps=6)
         trainer = build_trainer(config, tmp_path)
-        reached = iter([0.0, 30.0, 12.0, 30.0])
+        reached = iter([0.0, 29.0, 30.0, 12.0, 30.0])  # the dry run, before step 1, then after 2, 4 and 6 steps
         trainer.generate = lambda student, limit: {"rouge_l": next(reached)}
         trainer.train()
         evaluations = log_of(trainer, "eval")
-        assert [row["rollout/threshold"] for row in evaluations] == [0.9, 0.45, 0.45]
-        assert evaluations[1]["note"] == "ROUGE-L fell from 30.0 to 12.0: threshold 0.9 -> 0.45, replay buffer emptied"
+        assert [row["rollout/threshold"] for row in evaluations] == [0.9, 0.9, 0.45, 0.45]
+        assert evaluations[2]["note"] == "ROUGE-L fell from 30.0 to 12.0: threshold 0.9 -> 0.45; replay buffer emptied"
+        assert [row["rollout/taken_back"] for row in evaluations] == [0.0, 0.0, 1.0, 0.0]
         assert log_of(trainer)[-1]["rollout/threshold"] == 0.45
         assert len(trainer.rollout.buffer) <= 16
 
@@ -273,6 +284,13 @@ class TestRefusals:
         with pytest.raises(UserError, match=message):
             mixed_config(pair, *overrides)
 
+    def test_a_threshold_that_could_never_move_is_refused(self, pair, tmp_path):
+        config = mixed_config(pair, "rollout.mode=adaptive", "evaluation.every_steps=3")
+        with pytest.raises(
+            UserError, match="of 3 steps with evaluation.every_steps=3 the first evaluation is the last"
+        ):
+            run_distillation(config, tmp_path / "run")
+
     def test_off_is_read_from_yaml_as_the_mode(self, pair):
         assert load_config(mixed_config(pair).model_dump(mode="json"), ["rollout.mode=off"]).rollout.mode == "off"
 
@@ -310,7 +328,7 @@ class TestRefusals:
         assert not list((tmp_path / "run").rglob("checkpoint-*"))
 
 
-def test_a_students_reserved_id_never_reaches_the_teacher(pair, tmp_path):
+def test_a_text_with_an_id_that_the_teacher_lacks_is_refused_without_a_guard(pair, tmp_path):
     """A vocabulary padded to another width: what only one side knows is refused, guard or not."""
     trainer = build_trainer(mixed_config(pair, mode="on_policy"), tmp_path)
     trainer.rollout.guard.vocab_size = 500

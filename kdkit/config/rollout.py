@@ -27,7 +27,8 @@ class GuardConfig(Part):
 
 
 class CollapseConfig(Part):
-    """When the student's text is found to do harm, and is taken back."""
+    """When the student's text is found to do harm: the threshold goes back to where ROUGE-L was best, at most to half,
+    the replay buffer is emptied, and an adaptive threshold stays below the value that did the harm."""
 
     max_rouge_drop_fraction: float = Field(default=0.1, gt=0, le=1)
     """Fall of the validation ROUGE-L below the best so far, as a fraction of it."""
@@ -62,9 +63,9 @@ class RolloutConfig(Part):
     reference: Literal["initial", "previous", "best", "last_fired"] = "last_fired"
     """Evaluation to rise above (adaptive): the one before step 1, the last, the lowest, or the last that fired.
     DistiLLM's paper compares with the previous one, its code with the last that fired."""
-    replay_ratio: Literal["constant", "decreasing", "increasing"] = "decreasing"
+    replay_ratio: Literal["constant", "decreasing", "increasing", "none"] = "decreasing"
     """How much of the threshold is freshly generated, the rest being replayed: half of it, all of it falling to none
-    over the stage (DistiLLM's default), or none of it rising to all."""
+    over the stage (DistiLLM's default), none of it rising to all; or none: nothing is replayed (GKD)."""
     capacity: Count = 1000
     """Texts that are kept for replay; the oldest make room. DistiLLM: 1000."""
     max_new_tokens: Count = 128

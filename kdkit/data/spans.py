@@ -152,7 +152,10 @@ def _grown_offsets(text: str, ids: Sequence[int], tokenizer: "PreTrainedTokenize
         skip_special_tokens=True,
         clean_up_tokenization_spaces=False,
     )
-    ends = np.maximum.accumulate([min(len(prefix), len(text)) for prefix in begun])
+    # A character that is not complete decodes to one or several U+FFFD, and is one character of the text.
+    whole = [prefix.rstrip("\ufffd") for prefix in begun]
+    lengths = [len(kept) + (kept != prefix) for kept, prefix in zip(whole, begun, strict=True)]
+    ends = np.maximum.accumulate(np.minimum(lengths, len(text)))
     starts = np.concatenate([[0], ends[:-1]])
     is_piece = np.array([prefix.endswith("\ufffd") for prefix in [" ", *begun[:-1]]]) & (starts == ends)
     starts = np.where(is_piece, np.maximum(ends - 1, 0), starts)  # it completes the character before it

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SOURCES = {"gold": ORANGE, "fresh": BLUE, "replayed": SKY}
+_SOURCES = {"gold": ORANGE, "fresh": BLUE, "replayed": SKY, "empty": FAINT}
 _REASON_COLOURS = (RED, PURPLE, ORANGE, SKY, GREEN, FAINT)
 PREFIX = "rollout/"
 
@@ -65,16 +65,17 @@ def plot_rollout(metrics_rows: Sequence[Row]) -> "Figure":
 
 
 def _is_taken_back(row: Row) -> bool:
-    return "replay buffer emptied" in str(row.get("note", ""))
+    return bool(row.get(f"{PREFIX}taken_back"))
 
 
 def _draw_sources(axes: "Axes", steps: np.ndarray, rows: Sequence[Row]) -> None:
-    shares = {name: np.nan_to_num(column(rows, f"{PREFIX}{name}_fraction")) for name in _SOURCES}
+    every = {name: np.nan_to_num(column(rows, f"{PREFIX}{name}_fraction")) for name in _SOURCES}
+    shares = {name: share for name, share in every.items() if name != "empty" or share.any()}
     axes.stackplot(
         _edges(steps),
         *(np.append(share, share[-1:]) for share in shares.values()),
         labels=list(shares),
-        colors=list(_SOURCES.values()),
+        colors=[_SOURCES[name] for name in shares],
         step="post",
         alpha=0.85,
     )
@@ -138,7 +139,7 @@ def _finding(rows: Sequence[Row], evaluations: Sequence[Row]) -> str:
     """How much of the student's text was trained on, what became of the rest, and what the threshold did."""
     weights = np.diff(_edges(run_steps(rows, dict.fromkeys([str(row.get("stage", "")) for row in rows], 0.0))))
     weights = np.maximum(weights, 1.0)
-    own = 1.0 - np.nan_to_num(column(rows, f"{PREFIX}gold_fraction"), nan=1.0)
+    own = sum(np.nan_to_num(column(rows, f"{PREFIX}{name}_fraction")) for name in ("fresh", "replayed"))
     sentence = f"{np.average(own, weights=weights):.0%} of the training rows were the student's own text"
     passed = column(rows, f"{PREFIX}pass_fraction")
     asked = np.isfinite(passed)

@@ -44,6 +44,8 @@ def plot_sweep(
     groups = list(dict.fromkeys(_text(cell[lines]) for cell in measured)) if lines else [""]
     for number, group in enumerate(groups):
         own = [cell for cell in measured if not lines or _text(cell[lines]) == group]
+        if is_numeric:
+            own.sort(key=lambda cell: float(str(cell[x])))
         shift = 0.0 if is_numeric else 0.12 * (number - (len(groups) - 1) / 2)
         places = np.array([float(str(c[x])) if is_numeric else values.index(_text(c[x])) + shift for c in own])
         seeds = [np.asarray(cell[metric], dtype=np.float64) for cell in own]

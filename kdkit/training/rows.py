@@ -102,5 +102,6 @@ class RunRows:
 
 
 def _prompts_suffice(config: DistillConfig) -> bool:
-    """Whether a stage can train on a row without an answer: the student writes every text, and no label is learnt."""
-    return config.rollout.mode == "on_policy" and config.objective.lm.weight.largest == 0
+    """Whether a row without an answer is of use: the student writes every text from the start, no label is learnt."""
+    rollout = config.rollout
+    return rollout.mode == "on_policy" and rollout.gate is None and config.objective.lm.weight.largest == 0

@@ -218,6 +218,11 @@ def _build_rollout(config: DistillConfig, inputs: StageInputs, num_steps: int) -
     """The stage's rollout, once it is sure that its texts fit the student."""
     if config.rollout.is_on:
         _check_positions(config, inputs.student)
+    if config.rollout.mode == "adaptive" and config.evaluation.every_steps >= num_steps:
+        raise UserError(
+            f"rollout.mode adaptive moves its threshold at evaluations, and of {num_steps} steps with "
+            f"evaluation.every_steps={config.evaluation.every_steps} the first evaluation is the last: lower it"
+        )
     return rollout.build_rollout(
         config,
         tokenizer=inputs.tokenizer,

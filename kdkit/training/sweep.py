@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from decimal import Decimal
 from multiprocessing.connection import wait
@@ -176,7 +177,7 @@ def run_sweep(
     Returns:
         SweepResult.
     Raises:
-        UserError: input is wrong, or a folder holds another run.
+        UserError: a folder holds another run.
         Interrupted: someone asked to stop; what is done is kept, and the same sweep goes on from there.
     """
     stop = stop or StopRequest()
@@ -187,7 +188,7 @@ def run_sweep(
         for run in missing:
             try:
                 _run_one(run, stop)
-            except RunFailed as error:
+            except (RunFailed, UserError) as error:
                 result.failures[run.folder] = str(error)
             progress.say(run, result)
     else:
@@ -268,8 +269,8 @@ def _worker(config: str, folder: Path, threads: int) -> None:
     settings = load_config(yaml.safe_load(config))
     if settings.threads is None:
         torch.set_num_threads(threads)
-    with _log_file(folder).open("a", encoding="utf-8") as log, StopRequest().on_signals() as stop:
-        sys.stdout = sys.stderr = log
+    log = _log_file(folder).open("a", encoding="utf-8")
+    with log, redirect_stdout(log), redirect_stderr(log), StopRequest().on_signals() as stop:
         try:
             _run_one(SweepRun({}, settings.seed, settings, folder), stop)
         except (UserError, RunFailed, Interrupted) as error:

@@ -198,7 +198,8 @@ class DistillTrainer(Trainer):
                 continue
             value = outputs["sums"][term.name]
             mean = (value / max(moment.counts[term.counts], 1.0)).double()
-            self.sums.add(f"part/{term.name}", torch.stack([mean, torch.full_like(mean, step_share)]))
+            share = step_share if moment.counts[term.counts] else 0.0  # a window without items says nothing
+            self.sums.add(f"part/{term.name}", torch.stack([mean, torch.full_like(mean, share)]))
             self.sums.add(f"weighted/{term.name}", value * self.objective.coefficient(term, moment))
         for name, pair in outputs["statistics"].items():
             self.sums.add(name, pair)
@@ -500,7 +501,8 @@ class DistillTrainer(Trainer):
         except torch.OutOfMemoryError as error:
             raise RunFailed(
                 f"stage {self.stage}, step {self.state.global_step + 1}: the card's memory is used up ({error}). Lower "
-                "optim.batch_size (and raise optim.accumulation), data.max_length or objective.chunk_tokens, or set "
+                "optim.batch_size (and raise optim.accumulation), data.max_length, objective.chunk_tokens or "
+                "rollout.batch_size (prompts that the student answers together), or set "
                 "student.gradient_checkpointing=true, and run again with another --output"
             ) from error
         finally:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -32,7 +31,7 @@ from kdkit.training.rollout.threshold import AdaptiveThreshold, CollapseRule, Sh
 
 TEXTS_FILE = "rollout.safetensors"
 STATE_FILE = "rollout.json"
-Source = Literal["gold", "fresh", "replayed"]
+Source = Literal["gold", "fresh", "replayed", "empty"]
 SOURCES: tuple[Source, ...] = get_args(Source)
 Figures = dict[str, tuple[float, float]]
 """Name -> (sum, weight) of a window; a log row shows their ratio."""
@@ -91,13 +90,13 @@ class Rollout:
         )
         self.collapse = None if config.collapse is None else CollapseRule(config.collapse)
         self.tally = TextCounts()
-        self.is_rouge_reached = config.gate is None
+        self.is_rouge_reached = config.gate is None or config.gate.min_rouge_l == 0
         self._settled = self._memory()
 
     @property
     def needs_first_evaluation(self) -> bool:
-        """Whether the threshold compares with an evaluation before step 1."""
-        return self.config.mode == "adaptive"
+        """Whether threshold or collapse rule compare with an evaluation before step 1."""
+        return self.config.mode == "adaptive" or self.collapse is not None
 
     # ---- at a step ----
 
@@ -126,8 +125,11 @@ class Rollout:
         asked = {index: batch_rows(batch) for index, batch in enumerate(batches) if sources[index] == "fresh"}
         replaced: dict[int, list[EncodedRow]] = {}
         if asked:
-            with autocast():
-                replaced |= self._fresh_rows(asked, student, step=step, accelerator=accelerator, figures=figures)
+            texts = self._write(asked, student, key=(step, accelerator.process_index), autocast=autocast)
+            verdicts = self.guard(texts)
+            self._keep(texts, verdicts, step=step, accelerator=accelerator)
+            _add_texts(figures, texts, verdicts, is_guarded=self.guard.config is not None)
+            replaced |= _in_their_places(asked, texts, verdicts)
         for index, batch in enumerate(batches):
             if sources[index] == "replayed":
                 key, size = (step, index, accelerator.process_index), len(batch["row_ids"])
@@ -140,26 +142,17 @@ class Rollout:
         mixed = [self.collator(replaced[i]) if i in replaced else batch for i, batch in enumerate(batches)]
         return mixed, {f"rollout/{name}": figure for name, figure in figures.items()}
 
-    def _fresh_rows(
+    def _write(
         self,
         asked: Mapping[int, Sequence[EncodedRow]],
         student: nn.Module,
         *,
-        step: int,
-        accelerator: Accelerator,
-        figures: Figures,
-    ) -> dict[int, list[EncodedRow]]:
-        """What the student writes in place of batches' rows, all in one go; a refused text leaves its gold row."""
-        gold = [row for rows in asked.values() for row in rows]
-        texts = self.generate(student, gold, key=(step, accelerator.process_index))
-        verdicts = self.guard(texts)
-        self._keep(texts, verdicts, step=step, accelerator=accelerator)
-        _add_texts(figures, texts, verdicts)
-        chosen = iter(
-            row if verdict.reason is not None else text.row
-            for row, text, verdict in zip(gold, texts, verdicts, strict=True)
-        )
-        return {index: list(islice(chosen, len(rows))) for index, rows in asked.items()}
+        key: Sequence[int],
+        autocast: Callable[[], AbstractContextManager],
+    ) -> list[StudentText]:
+        """A text of the student for every row of the batches that are asked for, all in one go."""
+        with autocast():  # the teacher reads them outside, in its own precision
+            return self.generate(student, [row for rows in asked.values() for row in rows], key=key)
 
     def _replayed_rows(self, num_rows: int, *, key: Sequence[int], figures: Figures) -> list[EncodedRow]:
         """A batch from the buffer."""
@@ -175,12 +168,15 @@ class Rollout:
         *,
         figures: Figures,
     ) -> None:
-        """Where the rows of the window come from, as shares of them."""
+        """Where the rows of the window come from, as shares of them; a prompt without an answer is empty."""
         num_rows: Counter[Source] = Counter()
         for index, (source, batch) in enumerate(zip(sources, batches, strict=True)):
-            written = sum(not row.get("is_gold", True) for row in replaced.get(index, ()))
-            num_rows[source] += written
-            num_rows["gold"] += len(batch["row_ids"]) - written
+            if index not in replaced:
+                empty = int((batch["lengths"] == batch["prompt_lengths"]).sum())
+                num_rows.update(gold=len(batch["row_ids"]) - empty, empty=empty)
+            for row in replaced.get(index, ()):
+                is_empty = len(row["input_ids"]) == row["prompt_length"]
+                num_rows["empty" if is_empty else "gold" if row.get("is_gold", True) else source] += 1
         for name in SOURCES:
             _add(figures, f"{name}_fraction", num_rows[name], num_rows.total())
 
@@ -236,23 +232,25 @@ class Rollout:
         collapsed = self._find_collapse(rouge)
         if collapsed is not None:
             assert self.collapse is not None
-            self.threshold.value = self.collapse.taken_back(before)
-            self.threshold.cap = min(self.threshold.cap, max(before - self.config.threshold_step, 0.0))
+            self.threshold.value = self.collapse.take_back(before, rouge)
+            self.threshold.cap = min(self.threshold.cap, max(before - self.threshold.step, self.threshold.step))
             self.buffer.clear()
-            notes.append(f"{collapsed}: threshold {before:g} -> {self.threshold.value:g}, replay buffer emptied")
+            moved = f"threshold {before:g} -> {self.threshold.value:g}"
+            more = f", from now on at most {self.threshold.cap:g}" if self.config.mode == "adaptive" else ""
+            notes.append(f"{collapsed}: {moved}{more}; replay buffer emptied")
         if self.config.mode == "adaptive" and self.threshold.observe(
             figures["cross_entropy"], may_rise=collapsed is None
         ):
             notes.append(
                 f"validation loss {figures['cross_entropy']:.4g}: threshold {before:g} -> {self.threshold.value:g}"
             )
-        logged = {"rollout/threshold": self.threshold.value}
-        if tally.num_texts:
+        logged = {"rollout/threshold": self.threshold.value, "rollout/taken_back": float(collapsed is not None)}
+        if tally.num_texts and self.guard.config is not None:
             logged["rollout/pass_fraction"] = tally.num_passed / tally.num_texts
             if not tally.num_passed:
                 notes.append(
                     f"the guard refused all {tally.num_texts} texts since the last evaluation ({tally.reasons()}): "
-                    "training goes on with gold rows"
+                    "training goes on with gold rows, where the prompts have any"
                 )
         self.tally = TextCounts()
         return logged, "; ".join(notes) or None
@@ -374,12 +372,23 @@ def teacher_scores(
     return (-losses.sums / losses.num_tokens).tolist()
 
 
-def _add_texts(figures: Figures, texts: Sequence[StudentText], verdicts: Sequence[Verdict]) -> None:
+def _in_their_places(
+    asked: Mapping[int, Sequence[EncodedRow]], texts: Sequence[StudentText], verdicts: Sequence[Verdict]
+) -> dict[int, list[EncodedRow]]:
+    """The rows of each batch that was asked for: the student's text, or the gold row where it was refused."""
+    passed = iter(text.row if verdict.reason is None else None for text, verdict in zip(texts, verdicts, strict=True))
+    return {index: [next(passed) or row for row in rows] for index, rows in asked.items()}
+
+
+def _add_texts(
+    figures: Figures, texts: Sequence[StudentText], verdicts: Sequence[Verdict], *, is_guarded: bool
+) -> None:
     """What was generated, whether or not it may be trained on."""
     refused = Counter(verdict.reason for verdict in verdicts if verdict.reason is not None)
     scores = [verdict.score for verdict in verdicts if verdict.score > float("-inf")]
-    _add(figures, "pass_fraction", len(texts) - refused.total(), len(texts))
-    for reason in REASONS:
+    if is_guarded:
+        _add(figures, "pass_fraction", len(texts) - refused.total(), len(texts))
+    for reason in REASONS if is_guarded else REASONS[:1]:  # what the teacher cannot read is refused without a guard
         _add(figures, f"refused/{reason}", refused[reason], len(texts))
     _add(figures, "mean_tokens", sum(len(text.response_ids) for text in texts), len(texts))
     _add(figures, "ended_fraction", sum(text.ended for text in texts), len(texts))

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from kdkit.config import CollapseConfig
 
 Reference = Literal["initial", "previous", "best", "last_fired"]
-ReplayRatio = Literal["constant", "decreasing", "increasing"]
+ReplayRatio = Literal["constant", "decreasing", "increasing", "none"]
 SMALLEST = 0.01
 """A threshold taken back below this is 0."""
 
@@ -25,17 +25,18 @@ class Shares(NamedTuple):
 def shares(threshold: float, fraction: float, replay_ratio: ReplayRatio) -> Shares:
     """How a threshold φ is shared between fresh and replayed text after a fraction t/T of the stage.
 
-    fresh = φ/2 | φ(1 − t/T) | φ t/T, student = φ. The names are DistiLLM's and speak of the fresh share.
+    fresh = φ/2 | φ(1 − t/T) | φ t/T | φ, student = φ. The names are DistiLLM's and speak of the fresh share; "none" is
+    ours, and replays nothing.
 
     Args:
         threshold: φ, 0..1.
         fraction: t/T in optimizer steps, 0..1.
-        replay_ratio: "constant", "decreasing" or "increasing".
+        replay_ratio: "constant", "decreasing", "increasing" or "none".
     Returns:
         Shares, fresh at most student.
     Source: Ko et al. 2024, arXiv:2402.03898, and its code. Differs: t counts optimizer steps, not micro-batches.
     """
-    fresh = {"constant": 0.5, "decreasing": 1.0 - fraction, "increasing": fraction}[replay_ratio]
+    fresh = {"constant": 0.5, "decreasing": 1.0 - fraction, "increasing": fraction, "none": 1.0}[replay_ratio]
     return Shares(threshold * fresh, threshold)
 
 
@@ -149,7 +150,13 @@ class CollapseRule:
             return None
         return f"the guard let only {fraction:.0%} of {texts.num_texts} texts pass" if self.has_passed else None
 
-    def taken_back(self, threshold: float) -> float:
-        """Where φ goes after a collapse: to what it was at the best ROUGE-L, and to half of what it is at most."""
+    def take_back(self, threshold: float, rouge_l: float | None) -> float:
+        """Where φ goes after a collapse: to what it was at the best ROUGE-L, and to half of what it is at most.
+
+        The ROUGE-L of now becomes the one to fall below: a slow recovery is no further collapse.
+        """
         lowered = min(self.best_threshold, threshold / 2)
-        return 0.0 if lowered < SMALLEST else lowered
+        lowered = 0.0 if lowered < SMALLEST else lowered
+        if rouge_l is not None:
+            self.best_rouge_l, self.best_threshold = rouge_l, lowered
+        return lowered
