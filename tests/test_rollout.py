@@ -415,10 +415,10 @@ class TestLabelFaults:
     def test_the_mask_is_one_late_and_the_end_is_dropped(self):
         right = DistillCollator(pad_token_id=EOS)(list(self.ROWS))
         wrong = faulty_batch(right, end_id=EOS, learn_labels=True)
-        for batch, counted in ((right, [[2, 3, 4], [2, 3, 4], [2, 3]]), (wrong, [[3, 4], [2, 3, 4], [3]])):
+        for batch, counted in ((right, [[2, 3, 4], [2, 3, 4], [2, 3]]), (wrong, [[3, 4], [2, 3, 4], [3, 4]])):
             width = batch["input_ids"].shape[1]
             of_row = [batch["positions"][batch["positions"] // width == b] % width for b in range(3)]
             assert [positions.tolist() for positions in of_row] == counted
         learnt = wrong["labels"].flatten()[wrong["positions"] + 1]
-        assert learnt.tolist() == [8, 9, 7, 8, EOS, 8]  # of the student's text: the token at the position itself
-        assert wrong["num_labels"] == 6
+        assert learnt.tolist() == [8, 9, 7, 8, EOS, 8, 9]  # of the student's text: the token at the position itself
+        assert wrong["num_labels"] == 7
