@@ -159,6 +159,12 @@ class TestCollapseRule:
         assert rule.take_back(0.2, 17.0) == 0.1
         assert rule.take_back(0.015, 17.0) == 0.0
 
+    def test_a_student_that_was_best_before_its_own_text_came_in_is_left_without_it(self):
+        rule = self.rule()
+        assert rule.observe(22.0, TextCounts(), threshold=0.8) is None
+        assert rule.observe(6.0, TextCounts(100, 100), threshold=0.8) == "ROUGE-L fell from 22.0 to 6.0"
+        assert rule.take_back(0.8, 6.0) == 0.0
+
     def test_a_fall_is_not_blamed_on_texts_that_nobody_trained_on(self):
         rule = self.rule()
         rule.observe(22.0, TextCounts(), threshold=0.2)

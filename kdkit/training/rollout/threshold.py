@@ -116,7 +116,7 @@ class CollapseRule:
     best_rouge_l: float | None = None
     """Percent."""
     best_threshold: float = 0.0
-    """φ when that was reached."""
+    """φ under which that was reached: 0 where no text of the student had been trained on since the evaluation before."""
     has_passed: bool = False
     """Whether the pass rate was ever high enough, so that it can fall."""
 
@@ -137,7 +137,7 @@ class CollapseRule:
         if texts.num_trained and best is not None and rouge_l < best * (1.0 - self.config.max_rouge_drop_fraction):
             reason = f"ROUGE-L fell from {best:.1f} to {rouge_l:.1f}"
         if best is None or rouge_l > best:
-            self.best_rouge_l, self.best_threshold = rouge_l, threshold
+            self.best_rouge_l, self.best_threshold = rouge_l, threshold if texts.num_trained else 0.0
         return reason
 
     def _fallen_pass_rate(self, texts: TextCounts) -> str | None:
