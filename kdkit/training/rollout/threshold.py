@@ -116,7 +116,7 @@ class CollapseRule:
     best_rouge_l: float | None = None
     """Percent."""
     best_threshold: float = 0.0
-    """φ under which that was reached: 0 where no text of the student had been trained on since the evaluation before."""
+    """φ under which that was reached; 0 where none of the student's text had been trained on."""
     has_passed: bool = False
     """Whether the pass rate was ever high enough, so that it can fall."""
 
