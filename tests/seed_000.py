@@ -75,7 +75,7 @@ def plan(variant: Variant, start: Path, *, seed: int, steps: int) -> dict:
         "optim": {"learning_rate": 3e-3, "max_steps": steps},
         "objective": {"kd": {"loss": "skew_reverse_kl", "weight": 0.7 if variant.learns_labels else 1.0}, "lm": lm},
         "rollout": variant.rollout,
-        "evaluation": {"every_steps": steps // 4, "generate_rows": 100, "before": False},
+        "evaluation": {"every_steps": steps // 10, "generate_rows": 100, "before": False},
         "data": {"test_rows": 300},
     }
 
