@@ -171,16 +171,16 @@ show(plot_rollout(metrics["guarded"]))
 
 # %% [markdown]
 # What the generated texts were like as training went on: the share that passed, tokens of a text, the
-# share of 4-grams that it had said before, and how likely the teacher finds it (nats a token; where
-# there is no guard nobody asks). `age` is how many steps ago a replayed text was written.
+# share of 4-grams that it had said before, and how likely the teacher finds it (nats a token). `nan`:
+# where there is no guard nobody asks, or nothing was replayed. `age` is how many steps ago a replayed text was written.
 
 # %%
 for name in ("unguarded", "guarded"):
     print(f"{name:>10}  step  passed  tokens  repeats  teacher    age")
     written = [row for row in metrics[name] if "rollout/mean_tokens" in row]
     for row in written[:: max(len(written) // 6, 1)]:
-        passed, tokens, repeats = (row[f"rollout/{n}"] for n in ("pass_fraction", "mean_tokens", "repeat_fraction"))
-        teacher, age = (row.get(f"rollout/{n}", float("nan")) for n in ("teacher_logprob", "age_steps"))
+        names = ("pass_fraction", "mean_tokens", "repeat_fraction", "teacher_logprob", "age_steps")
+        passed, tokens, repeats, teacher, age = (row.get(f"rollout/{n}", float("nan")) for n in names)
         print(f"{row['step']:16} {passed:7.0%} {tokens:7.1f} {repeats:8.0%} {teacher:8.2f} {age:6.1f}")
 
 # %% [markdown]
