@@ -1,8 +1,12 @@
 """Small things that many test files need; nothing here reads the network or a GPU."""
 
+import sys
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from kdkit import cli
 
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -27,3 +31,20 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
     backend.train_from_iterator(SENTENCES, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.fixture
+def kdkit(monkeypatch, capsys):
+    """Calls the command line in this process; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["kdkit", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call

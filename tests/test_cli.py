@@ -14,7 +14,6 @@ import yaml
 from tiny import make_pair, tiny_config
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from kdkit import cli
 from kdkit.config import demo_folder
 
 SHARED_ROWS = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -23,23 +22,6 @@ SHARED_ROWS = Path(__file__).resolve().parents[2] / "shared" / "data"
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     return make_pair(tmp_path_factory.mktemp("pair"))
-
-
-@pytest.fixture
-def kdkit(monkeypatch, capsys):
-    """Calls the command line in this process; returns (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["kdkit", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
 
 
 def write_config(folder, config):

@@ -2,14 +2,12 @@
 
 import io
 import json
-import sys
 import threading
 import time
 
 import pytest
 from tiny import make_pair, tiny_config
 
-from kdkit import cli
 from kdkit.config import dump_config
 from kdkit.errors import RunFailed, UserError
 from kdkit.report import sweep_table
@@ -182,28 +180,18 @@ class TestSweepTable:
 
 
 class TestCommand:
-    def call(self, monkeypatch, capsys, *arguments):
-        monkeypatch.setattr(sys, "argv", ["kdkit", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    def test_prints_a_table_and_leaves_a_figure(self, source, tmp_path, monkeypatch, capsys):
+    def test_prints_a_table_and_leaves_a_figure(self, kdkit, source, tmp_path):
         over = ("sweep", source, "--over", "objective.kd.temperature=1,2", "--output", tmp_path)
-        code, out, err = self.call(monkeypatch, capsys, *over)
+        code, out, err = kdkit(*over)
         assert code == 0, err
         assert "temperature" in out
         assert "difference" in out
         assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
-        code, out, _ = self.call(monkeypatch, capsys, *over, "--json")
+        code, out, _ = kdkit(*over, "--json")
         assert code == 0
         assert json.loads(out)["over"] == {"objective.kd.temperature": [1, 2]}
 
-    def test_a_wrong_field_is_bad_usage(self, source, tmp_path, monkeypatch, capsys):
-        code, out, err = self.call(monkeypatch, capsys, "sweep", source, "--over", "rollout.thresold=0,1")
+    def test_a_wrong_field_is_bad_usage(self, kdkit, source):
+        code, out, err = kdkit("sweep", source, "--over", "rollout.thresold=0,1")
         assert (code, out) == (2, "")
         assert "did you mean threshold" in err

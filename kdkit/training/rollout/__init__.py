@@ -4,9 +4,10 @@
 """
 
 from kdkit.training.rollout.buffer import HeldText, ReplayBuffer, pack_texts, unpack_texts
+from kdkit.training.rollout.building import build_rollout
 from kdkit.training.rollout.generator import StudentGenerator, StudentText
 from kdkit.training.rollout.guard import REASONS, Guard, Verdict, repeat_fractions
-from kdkit.training.rollout.mixing import STATE_FILE, TEXTS_FILE, Rollout, build_rollout
+from kdkit.training.rollout.mixing import STATE_FILE, TEXTS_FILE, Rollout
 from kdkit.training.rollout.threshold import AdaptiveThreshold, CollapseRule, Shares, TextCounts, shares
 
 __all__ = [
