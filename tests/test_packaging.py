@@ -1,0 +1,26 @@
+"""What is installed from a wheel, which no checkout shows: an editable install finds every file by itself."""
+
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def packages_of(folder):
+    modules = {path.parent.relative_to(ROOT) for path in (ROOT / folder).rglob("*.py")}
+    return {".".join(module.parts) for module in modules}
+
+
+class TestPackages:
+    def test_a_wheel_carries_every_package(self):
+        """kdkit.plots and kdkit.training.rollout were in no wheel: `import kdkit.report` failed wherever one was."""
+        listed = set(PROJECT["tool"]["setuptools"]["packages"])
+        assert {name for name in listed if "demo_data" not in name} == packages_of("kdkit") | {"kdkit.presets"}
+
+    def test_a_wheel_carries_every_file_that_is_not_code(self):
+        data = PROJECT["tool"]["setuptools"]["package-data"]
+        others = {path for path in (ROOT / "kdkit").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+        places = {name: ROOT / name.replace(".", "/") for name in data if "demo_data" not in name}
+        carried = {file for name, place in places.items() for pattern in data[name] for file in place.glob(pattern)}
+        assert not {path.name for path in others - carried} - {"README.md"}
