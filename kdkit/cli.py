@@ -29,7 +29,7 @@ def cli(debug: bool) -> None:
 def demo(output: Path, resume: bool, as_json: bool) -> None:
     """Distil the embedded teacher into a small student: no network, no GPU, a few minutes."""
     from kdkit.demo import run_demo
-    from kdkit.training.flow import StopRequest
+    from kdkit.training.stopping import StopRequest
 
     with StopRequest().on_signals() as stop:
         result = run_demo(output, resume=resume, stop=stop)
@@ -45,19 +45,24 @@ def demo(output: Path, resume: bool, as_json: bool) -> None:
 @click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field; repeatable.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/CONFIG]")
 @click.option("--resume", is_flag=True, help="Continue the run in --output.")
+@click.option("--replay", type=click.Path(path_type=Path), help="metrics.jsonl of a run: repeat its changes.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON on stdout.")
-def distill(config: str, overrides: tuple[str, ...], output: Path | None, resume: bool, as_json: bool) -> None:
+def distill(
+    config: str, overrides: tuple[str, ...], output: Path | None, resume: bool, replay: Path | None, as_json: bool
+) -> None:
     """Run CONFIG: a YAML file, or the name of a preset with teacher, student and rows given by --set."""
     from kdkit.config import load_config
 
     settings = load_config(config, overrides)
     folder = output or Path("runs") / Path(config).stem
     from kdkit.report import write_run_report
-    from kdkit.training.flow import StopRequest
+    from kdkit.training.controls import Controls, read_changes
     from kdkit.training.run import run_distillation
+    from kdkit.training.stopping import StopRequest
 
+    controls = None if replay is None else Controls(read_changes(replay))
     with StopRequest().on_signals() as stop:
-        result = run_distillation(settings, folder, resume=resume, stop=stop)
+        result = run_distillation(settings, folder, resume=resume, stop=stop, controls=controls)
     if not result.evaluations:  # another process of the same run prints
         return
     rows = [{"model": name, **figures} for name, figures in result.evaluations.items()]
@@ -132,7 +137,7 @@ def cache(config: str, overrides: tuple[str, ...], output: Path, generate: bool,
     if not generate:
         raise click.UsageError("say what to cache: --generate writes the teacher's own answers")
     from kdkit.training.answers import write_teacher_answers
-    from kdkit.training.flow import StopRequest
+    from kdkit.training.stopping import StopRequest
 
     with StopRequest().on_signals() as stop:
         count = write_teacher_answers(settings, output, resume=resume, progress=stop.check)
@@ -167,7 +172,7 @@ def sweep(
     folder = output or Path("runs") / f"{Path(config).stem}-sweep"
     runs = plan_sweep(config, parsed, folder, num_seeds=seeds, overrides=overrides)
     from kdkit.report import sweep_table, write_sweep_figure
-    from kdkit.training.flow import StopRequest
+    from kdkit.training.stopping import StopRequest
 
     with StopRequest().on_signals() as stop:
         result = run_sweep(runs, parsed, folder, jobs=jobs, stop=stop)
@@ -208,7 +213,7 @@ def main() -> None:
         code = 1
     except click.Abort as abort:  # what click makes of a KeyboardInterrupt, and so of Interrupted
         click.echo(str(abort.__cause__) or "stopped", err=True)
-        code = 128 + getattr(abort.__cause__, "signum", signal.SIGINT)
+        code = 128 + (getattr(abort.__cause__, "signum", None) or signal.SIGINT)
     sys.exit(code)
 
 

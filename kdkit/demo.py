@@ -15,9 +15,9 @@ from pydantic import JsonValue
 
 from kdkit.config import load_config
 from kdkit.report import write_comparison_report
-from kdkit.training.flow import StopRequest
 from kdkit.training.folder import CONFIG_FILE
 from kdkit.training.run import RunResult, run_distillation
+from kdkit.training.stopping import StopRequest
 
 NUM_STEPS = 250
 NAMES = {"sft": "SFT student", "kd": "KD student", "kd_dtw": "KD + DTW student"}

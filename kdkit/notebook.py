@@ -2,24 +2,31 @@
 
 import os
 import shutil
+import stat
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from IPython.display import Image, display
+from huggingface_hub import create_repo, upload_folder
+from IPython.display import FileLink, Image, display
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from kdkit.attached import find_output
 from kdkit.config import DistillConfig
 from kdkit.errors import UserError
 from kdkit.inspection import RunModels, compare_answers
 from kdkit.plots import figure_bytes
-from kdkit.training.flow import StopRequest
+from kdkit.runtime import GIB
+from kdkit.session.place import Session, skip_the_rest
 from kdkit.training.folder import CONFIG_FILE
 from kdkit.training.run import RunResult, run_distillation
+from kdkit.training.stopping import Interrupted
 
 if TYPE_CHECKING:
     import ipywidgets
@@ -28,39 +35,117 @@ if TYPE_CHECKING:
 LABELS = {"before": "before", "student": "after", "teacher": "teacher"}
 """The models of a run, in the order in which they are shown, and what a reader calls them."""
 
+STEPS_FOR_SPEED = 10
+"""After which a run says how long it will take."""
 _NOT_ASKED = "–"
 _WIDTH_PIXELS = {"wide": 720, "narrow": 480}
 _CELL_STYLE = "text-align:left; vertical-align:top; white-space:pre-wrap; padding:2px 12px 2px 4px"
 
 
 def start_or_resume(
-    config: DistillConfig,
-    folder: str | Path,
-    *,
-    resume: bool = True,
-    inputs: str | Path = "/kaggle/input",
-) -> RunResult:
+    config: DistillConfig, folder: str | Path, *, session: Session, resume: bool = True
+) -> RunResult | None:
     """Run a config in a notebook; run again, it goes on where it stopped.
 
-    Stopping the cell saves the last complete step. On Kaggle a new session begins with an empty disk: attach the output
-    of the earlier version, and the run in it is copied here first. Progress goes to stdout, where it is not red.
+    Stopping the cell saves the last complete step, and so does the end of the session's time. A new session begins with
+    an empty disk: attach the output of the earlier version, and the run in it is copied here first. Progress goes to
+    stdout, where it is not red.
 
     Args:
         config: the run.
         folder: of the run.
+        session: how long it may take.
         resume: continue the run that is there, if there is one; False refuses a folder that holds something.
-        inputs: where attached outputs of earlier versions lie.
     Returns:
-        As `run_distillation`.
+        As `run_distillation`; None where the time of a batch session ended: the cells that follow are skipped, since an
+        error would lose what is saved.
     Raises:
         UserError, RunFailed, Interrupted: as `run_distillation`; or several attached outputs hold this run.
     """
     folder = Path(folder)
     if resume and not (folder / CONFIG_FILE).is_file():
-        _bring_back(folder, Path(inputs))
+        _bring_back(folder)
     begun = resume and (folder / CONFIG_FILE).is_file()
-    with redirect_stderr(sys.stdout), StopRequest().on_signals() as stop:
-        return run_distillation(config, folder, resume=begun, stop=stop)
+    try:
+        with redirect_stderr(sys.stdout), session.stop_request().on_signals() as stop:
+            return run_distillation(config, folder, resume=begun, stop=stop, callbacks=[TimeNote(session)])
+    except Interrupted as interrupted:
+        print(f"{interrupted.reason}: the last step is saved in {folder}. {how_to_go_on(session)}")
+        if not session.is_batch or session.hours_left > 0:
+            raise
+        skip_the_rest()
+        return None
+
+
+def how_to_go_on(session: Session) -> str:
+    """What a person does to continue in another session."""
+    if not session.is_kaggle:
+        return "Run the notebook again to go on."
+    return (
+        "To go on: save this version, open the notebook again, add this version's output under Input (Add Input, Your "
+        "Work, Notebooks), and run it again."
+    )
+
+
+def hand_over(model: Path, *, hub: str | None = None) -> None:
+    """Give the finished student out of the notebook: a zip to download, and a private repository on the hub.
+
+    Args:
+        model: folder of the student, as `RunResult.model`.
+        hub: repository, such as "you/student"; it needs the variable or secret HF_TOKEN. None: download only.
+    Raises:
+        UserError: no room for the zip, or the hub did not take it.
+    """
+    size, free = sum(file.stat().st_size for file in model.rglob("*")), shutil.disk_usage(model).free
+    if size > free:
+        raise UserError(
+            f"the student has {size / GIB:.1f} GiB and {model.parent} has room for {free / GIB:.1f}: free some"
+        )
+    archive = Path(shutil.make_archive(str(model.parent / "student"), "zip", model))
+    display(FileLink(os.path.relpath(archive), result_html_prefix=f"The student, {size / 1e6:.0f} MB before packing: "))
+    if hub is None:
+        return
+    try:
+        address = create_repo(hub, private=True, exist_ok=True)
+        upload_folder(repo_id=hub, folder_path=model)
+    except (OSError, ValueError) as error:  # what huggingface_hub raises for network, login and name
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"the hub did not take {hub}: {reason}. It wants a name such as you/student, the internet, and a token "
+            "that may write, as the variable or Kaggle secret HF_TOKEN"
+        ) from error
+    print(f"pushed to {address} (private)")
+
+
+class TimeNote(TrainerCallback):
+    """Says once, when the speed is known, how long the stage takes and whether the session is long enough.
+
+    Args:
+        session: whose time it is.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._began = 0.0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count the first steps; the very first one is no measure."""
+        if state.global_step == self._first_step + 1:
+            self._began = time.monotonic()
+        if state.global_step != self._first_step + 1 + STEPS_FOR_SPEED:
+            return
+        seconds = (time.monotonic() - self._began) / STEPS_FOR_SPEED
+        left = (state.max_steps - state.global_step) * seconds / 3600
+        note = f"{seconds:.2f} s a step: about {self.session.quota(left)} left for this stage"
+        if left > self.session.hours_left:
+            note += f"; the session has {self.session.hours_left:.1f} h, so it will take another one to finish"
+        print(note)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note where this session takes the stage up."""
+        self._first_step = state.global_step
 
 
 def show(figure: "Figure", *, size: str = "wide") -> None:
@@ -144,16 +229,15 @@ def ask_models(models: RunModels, prompt: str) -> "ipywidgets.VBox | None":
     return box
 
 
-def _bring_back(folder: Path, inputs: Path) -> None:
+def _bring_back(folder: Path) -> None:
     """Copy the run of an earlier session to where it was; the copy is whole or not there."""
-    marker = Path(*folder.parts[-2:]) / CONFIG_FILE
-    found = sorted(inputs.rglob(str(marker))) if inputs.is_dir() else []
-    if len(found) > 1:
-        places = ", ".join(str(file.parent) for file in found)
-        raise UserError(f"{len(found)} attached outputs hold {folder} ({places}): attach only the one to continue")
-    if found:
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(found[0].parent, partial)
-        partial.rename(folder)
-        print(f"continuing {found[0].parent}")
+    marker = find_output(Path(*folder.parts[-2:]) / CONFIG_FILE)
+    if marker is None:
+        return
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(marker.parent, partial, copy_function=shutil.copyfile)
+    for place in (partial, *partial.rglob("*")):  # what is attached is read-only, and folders take that along
+        place.chmod(place.stat().st_mode | stat.S_IWUSR)
+    partial.rename(folder)
+    print(f"continuing {marker.parent}")

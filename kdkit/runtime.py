@@ -10,6 +10,7 @@ import platform
 import random
 import re
 import shutil
+import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
 
 from kdkit import __version__
 from kdkit.errors import UserError
@@ -344,6 +346,22 @@ def set_rng_state(state: Mapping[str, "torch.Tensor"]) -> None:
 
 
 # --- where we are ---
+
+_PROXIES = ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
+
+
+def hub_answers() -> bool:
+    """Whether the model hub's name resolves; without this, each file asked for offline costs some 20 s of retries."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return False
+    if any(os.environ.get(name) for name in _PROXIES):
+        return True  # the proxy resolves names, this machine need not
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname or ""
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
 
 
 def environment() -> dict[str, str | int | None]:

@@ -81,6 +81,17 @@ class TestDistill:
         assert "Traceback" not in err
         assert not (tmp_path / "run").exists()
 
+    def test_replay_repeats_what_was_changed_in_another_run(self, kdkit, pair, tmp_path):
+        config, log = write_config(tmp_path, tiny_config(pair)), tmp_path / "metrics.jsonl"
+        log.write_text('{"kind": "change", "stage": "distill", "step": 1, "objective.kd.temperature": 5.0}\n')
+        code, _, err = kdkit("distill", config, "--output", tmp_path / "run", "--replay", log)
+        assert code == 0, err
+        rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert [row["kd_temperature"] for row in rows if row["kind"] == "train"] == [2.0, 5.0, 5.0]
+        code, _, err = kdkit("distill", config, "--output", tmp_path / "other", "--replay", tmp_path / "none")
+        assert (code, (tmp_path / "other").exists()) == (2, False)
+        assert "is not there: give the metrics.jsonl of a run" in err
+
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
     def test_a_signal_saves_then_stops_and_resume_finishes(self, kdkit, pair, tmp_path, number, code):
         config = write_config(tmp_path, tiny_config(pair, max_steps=4000, batch_size=1))
@@ -96,7 +107,7 @@ class TestDistill:
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
         assert process.returncode == code, err
-        assert "continue with --resume" in err
+        assert "a resumed run (--resume) goes on from there" in err
         assert "Traceback" not in err
         saved = list((run / "stages" / "distill").glob("checkpoint-*/complete.json"))
         assert len(saved) == 1

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "kdkit"
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("demo", "inspection", "notebook", "widgets"),
+    ("demo", "inspection", "notebook", "session", "widgets"),
     (
         "training",
         "training.answers",
@@ -33,16 +33,19 @@ FLOORS = (
         "evaluation",
         "training.arguments",
         "training.checkpoint",
+        "training.controls",
         "training.folder",
         "training.metrics",
         "training.model",
         "training.rollout",
         "training.rows",
+        "training.stopping",
         "training.validation",
     ),
     ("memory", "teacher", "teacher.cache", "teacher.sources", "training.objective"),
     ("data", "data.batch", "loading", "losses"),
     (
+        "attached",
         "config",
         "data.rows",
         "data.sources",
@@ -60,7 +63,7 @@ SPLIT = {"data", "teacher", "training"}
 
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "ipywidgets", "matplotlib", "pandas", "scipy", "torch"}
 HEAVY |= {"transformers"}
-LIGHT = ("errors", "schedules", "config", "runtime", "plots", "memory", "doctor", "cli")
+LIGHT = ("attached", "errors", "schedules", "config", "runtime", "plots", "memory", "doctor", "cli", "session")
 TORCH_ONLY = ("losses", "softdtw", "teacher.signal")
 PRESENTATION = {"inspection", "notebook", "plots", "widgets", "report"}
 

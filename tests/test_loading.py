@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from kdkit import loading
+from kdkit import loading, runtime
 from kdkit.config import TeacherConfig
 from kdkit.errors import UserError
 from kdkit.loading import heads, places, teachers
@@ -79,6 +79,7 @@ def writable_llama(llama_folder, tmp_path):
 @pytest.fixture
 def offline(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 def write_tokenizer(folder, **special):
@@ -140,8 +141,8 @@ class TestLoadTokenizer:
         def no_network(*_):
             raise socket.gaierror(-2, "Name or service not known")
 
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        for name in places._PROXIES:
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        for name in runtime._PROXIES:
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(socket, "getaddrinfo", no_network)
         assert places.locate("openai/gpt2").local_files_only

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from tiny import make_pair, tiny_config
 
 from kdkit.errors import UserError
-from kdkit.training.flow import Interrupted, StopRequest
 from kdkit.training.run import run_distillation
+from kdkit.training.stopping import Interrupted, StopRequest
 
 WALL_TIME = {"seconds", "tokens_per_second"}
 STAGES = (
@@ -70,16 +70,12 @@ class TestResume:
         class StopAfter(StopRequest):
             def __init__(self, reads):
                 super().__init__()
-                self.reads = reads
+                self.reads, self.signum = reads, 15
 
             @property
-            def signum(self):
+            def reason(self):
                 self.reads -= 1
-                return 15 if self.reads < 0 else None
-
-            @signum.setter
-            def signum(self, value):
-                pass
+                return "SIGTERM" if self.reads < 0 else ""
 
         for reads in (1, 8, 14):
             out = tmp_path / str(reads)

@@ -12,7 +12,7 @@ from kdkit.config import dump_config
 from kdkit.errors import RunFailed, UserError
 from kdkit.report import sweep_table
 from kdkit.training import sweep as sweep_module
-from kdkit.training.flow import Interrupted, StopRequest
+from kdkit.training.stopping import Interrupted, StopRequest
 from kdkit.training.sweep import parse_axis, plan_sweep, run_sweep
 
 

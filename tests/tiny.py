@@ -15,11 +15,12 @@ from kdkit.data import DistillCollator, encode_rows, load_rows
 from kdkit.loading import load_model
 from kdkit.teacher.sources import LiveTeacher
 from kdkit.training.arguments import training_arguments
-from kdkit.training.flow import StageFlow, StopRequest
+from kdkit.training.flow import StageFlow
 from kdkit.training.metrics import MetricsFile
 from kdkit.training.model import DistillModel
 from kdkit.training.objective import Objective
 from kdkit.training.rollout import build_rollout
+from kdkit.training.stopping import StopRequest
 from kdkit.training.trainer import DistillTrainer
 
 ALL_TERMS = {

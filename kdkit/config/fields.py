@@ -275,6 +275,8 @@ class CheckpointConfig(Part):
 
     every_steps: Limit = 0
     """Optimizer steps between checkpoints; 0 saves only at the end of the stage and when stopped."""
+    every_minutes: float = Field(default=0.0, ge=0)
+    """Minutes after the last checkpoint at which another is due, for machines that may go away; 0: none."""
     keep: Count = 2
     """Newest checkpoints that stay."""
 

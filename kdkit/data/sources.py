@@ -9,6 +9,7 @@ import csv
 import difflib
 import glob
 import json
+import logging
 import re
 import sys
 import tempfile
@@ -18,10 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kdkit.attached import find_rows
 from kdkit.errors import UserError
+from kdkit.runtime import hub_answers
 
 if TYPE_CHECKING:
     import datasets
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, object]
 
@@ -53,7 +58,8 @@ def open_source(source: str | Path, split: str | None = None) -> Source:
 
     Args:
         source: a .jsonl, .json, .csv or .parquet file, a `save_to_disk` folder, or a hub name
-            ("owner/name", with ":config" where the hub asks for one). Any of them may end in "#" and a split.
+            ("owner/name", with ":config" where the hub asks for one; where the hub is out of reach, attached rows of
+            that name). Any of them may end in "#" and a split.
         split: which split of a folder or a hub name; a file has only "train". With "[start:stop]" only those rows
             of it, counted as Python counts: "train[:500]", "train[500:]", "train[-100:]".
     Returns:
@@ -73,6 +79,10 @@ def open_source(source: str | Path, split: str | None = None) -> Source:
     if is_file:
         return Source(path.stem, _cut(_read_file(path, name), rows))
     if isinstance(source, str) and _is_hub_name(source):
+        attached = None if hub_answers() else find_rows(source)
+        if attached is not None:
+            logger.warning("the hub is not reachable: %s is read from %s", source, attached)
+            return open_source(attached, split)
         return Source(source, _records(_load_from_hub(source, name), rows))
     raise UserError(_say_missing(path))
 

@@ -1,22 +1,18 @@
 """A folder or a hub name: what it is, whether it can be reached, and what to say when it cannot."""
 
 import logging
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from huggingface_hub import constants
 from safetensors import SafetensorError
 
+from kdkit.attached import find_model
 from kdkit.errors import UserError
+from kdkit.runtime import hub_answers
 
 logger = logging.getLogger(__name__)
-
-_PROXIES = ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
 
 
 @dataclass(frozen=True)
@@ -41,6 +37,8 @@ class Place:
 def locate(path: str | Path, *, revision: str | None = None) -> Place:
     """Find out whether `path` is a folder or file here or a hub name, without reading it.
 
+    Where the hub is out of reach, a hub name stands for the model of that name among what is attached to the notebook.
+
     Raises:
         UserError: it is written like a path and does not exist; or a revision was asked of a local folder.
     """
@@ -52,7 +50,14 @@ def locate(path: str | Path, *, revision: str | None = None) -> Place:
         return Place(str(local), None, local_files_only=True, is_folder=True)
     if isinstance(path, Path) or _is_written_like_a_path(name):
         raise UserError(f"{name} does not exist; give the folder of a model, or a hub name such as openai/gpt2")
-    return Place(name, revision, local_files_only=not _hub_answers(), is_folder=False)
+    if hub_answers():
+        return Place(name, revision, local_files_only=False, is_folder=False)
+    attached = find_model(name)
+    if attached is not None:
+        logger.warning("the hub is not reachable: %s is read from %s", name, attached)
+        return Place(str(attached), None, local_files_only=True, is_folder=True)
+    logger.warning("the hub is not reachable: %s is looked up in the local cache only", name)
+    return Place(name, revision, local_files_only=True, is_folder=False)
 
 
 @contextmanager
@@ -79,18 +84,3 @@ def _advice(place: Place, error: Exception) -> str:
 
 def _is_written_like_a_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or name.endswith("/")
-
-
-def _hub_answers() -> bool:
-    """Whether the hub's name resolves; without this, each file asked for offline costs some 20 s of retries."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if any(os.environ.get(name) for name in _PROXIES):
-        return True  # the proxy resolves names, this machine need not
-    host = urlsplit(constants.ENDPOINT).hostname or ""
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        logger.warning("%s is not reachable: hub names are looked up in the local cache only", host)
-        return False
-    return True

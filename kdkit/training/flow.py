@@ -1,13 +1,9 @@
 """When a stage logs, saves, evaluates and stops, and what it shows meanwhile: callbacks of the trainer."""
 
 import math
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -15,51 +11,9 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kdkit.runtime import preserved_rng_state
+from kdkit.training.controls import Controls
+from kdkit.training.stopping import StopRequest
 from kdkit.training.trainer import DistillTrainer
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to stop; everything up to the last complete step is saved.
-
-    Args:
-        signum: the signal.
-    """
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}; continue with --resume")
-        self.signum = signum
-
-
-class StopRequest:
-    """Whether someone asked the run to stop; set by a signal, read between steps and between batches."""
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-
-    def check(self, *_: object) -> None:
-        """Leave a long job that has nothing of its own to save.
-
-        Raises:
-            Interrupted: someone asked to stop.
-        """
-        if self.signum is not None:
-            raise Interrupted(self.signum)
-
-    @contextmanager
-    def on_signals(self) -> Iterator["StopRequest"]:
-        """Turn the first Ctrl-C or SIGTERM into a request; a second one ends the process at once."""
-
-        def request(signum: int, frame: FrameType | None) -> None:
-            self.signum = signum
-            signal.signal(signum, signal.SIG_DFL)
-            print("stopping after this step; again to stop at once", file=sys.stderr)
-
-        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 class StageFlow(TrainerCallback):
@@ -70,6 +24,8 @@ class StageFlow(TrainerCallback):
         save_every: optimizer steps between checkpoints; 0: only at the end.
         evaluate_every: optimizer steps between evaluations; 0: only at the end.
         stop: asked after each step.
+        save_every_seconds: after the last checkpoint another is due; 0: the clock asks for none.
+        controls: of a person, whose pause begins with a checkpoint; None: nobody is there.
         resumed_from: checkpoint that the trainer continues, or None.
     """
 
@@ -80,14 +36,19 @@ class StageFlow(TrainerCallback):
         save_every: int,
         evaluate_every: int,
         stop: StopRequest,
+        save_every_seconds: float = 0.0,
+        controls: Controls | None = None,
         resumed_from: Path | None = None,
     ) -> None:
         self.log_every = log_every
         self.save_every = save_every
         self.evaluate_every = evaluate_every
         self.stop = stop
+        self.save_every_seconds = save_every_seconds
+        self.controls = controls
         self.resumed_from = resumed_from
         self.trainer: DistillTrainer | None = None  # given after the trainer exists
+        self._saved_at = time.monotonic()
         self._weights_before: list[torch.Tensor] = []
 
     def is_evaluation_step(self, step: int, num_steps: int) -> bool:
@@ -140,20 +101,27 @@ class StageFlow(TrainerCallback):
         self.trainer.settle_step()
         step, is_last = state.global_step, state.global_step >= state.max_steps
         control.should_log = self._logs_after(step, state.max_steps)
-        control.should_save = is_last or (self.save_every > 0 and step % self.save_every == 0)
         control.should_evaluate = self.is_evaluation_step(step, state.max_steps)
-        if self._asked_to_stop():
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
+        is_stopped, is_due = self._asked_of_any(bool(self.stop.reason), self._is_save_due())
+        control.should_save = is_last or is_stopped or is_due or (self.save_every > 0 and step % self.save_every == 0)
+        if control.should_save:
+            self._saved_at = time.monotonic()
+        if is_stopped:
+            control.should_training_stop, control.should_evaluate = True, False
 
-    def _asked_to_stop(self) -> bool:
-        """Whether any process was asked: all have to leave at the same step, or they wait for each other."""
+    def _is_save_due(self) -> bool:
+        """Whether the clock or a pause asks for a checkpoint."""
+        late = self.save_every_seconds > 0 and time.monotonic() - self._saved_at >= self.save_every_seconds
+        return late or (self.controls is not None and self.controls.is_paused)
+
+    def _asked_of_any(self, *asked: bool) -> list[bool]:
+        """Whether any process was asked: all have to save and leave at the same step, or they wait for each other."""
         assert self.trainer is not None
-        accelerator, asked = self.trainer.accelerator, self.stop.signum is not None
-        if accelerator.num_processes > 1:
-            flag = torch.tensor(int(asked), device=accelerator.device)
-            asked = bool(accelerator.reduce(flag, reduction="sum").item())
-        return asked
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes == 1:
+            return list(asked)
+        flags = torch.tensor(list(map(int, asked)), device=accelerator.device)
+        return [bool(flag) for flag in accelerator.reduce(flags, reduction="sum").tolist()]
 
     def _logs_after(self, step: int, num_steps: int) -> bool:
         return step % self.log_every == 0 or step == 1 or step == num_steps

@@ -103,12 +103,13 @@ class MetricsFile:
 
         Args:
             stage: name of the stage that goes on; rows of stages before it stay.
-            step: the checkpoint's step; its own log row stays, an evaluation at it is made again.
+            step: the checkpoint's step; its own log row stays, and what was changed right after it; an evaluation at
+                it is made again.
         """
         kept, reached = [], False
         for row in self.rows():
             reached = reached or row["stage"] == stage
-            in_time = row["step"] < step or (row["step"] == step and row["kind"] == "train")
+            in_time = row["step"] < step or (row["step"] == step and row["kind"] != "eval")
             if not reached or (row["stage"] == stage and in_time):
                 kept.append(row)
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))

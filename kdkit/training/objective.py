@@ -137,11 +137,12 @@ class KdTerm(VocabularyTerm):
     def __init__(self, config: KdConfig) -> None:
         super().__init__(config.weight)
         self.config = config
+        self.softening: Schedule = config.temperature
         self.loss = partial(LOSSES[config.loss], **config.loss_arguments)
 
     def temperature(self, moment: Moment) -> float:
         """Softening of both distributions at a moment."""
-        return self.config.temperature.at(moment.step, moment.num_steps)
+        return self.softening.at(moment.step, moment.num_steps)
 
     def scale(self, moment: Moment) -> float:
         """Temperature squared where the config asks for it."""
@@ -249,12 +250,9 @@ class Objective:
         self.kd = KdTerm(config.kd)
         self.vocabulary_terms: tuple[VocabularyTerm, ...] = (self.kd, LmTerm(config.lm))
         self.hidden_terms: tuple[HiddenTerm, ...] = (DtwTerm(config.dtw),)
-
-    @property
-    def terms(self) -> tuple[Term, ...]:
-        """The terms that have a weight at any time of the stage."""
         every: tuple[Term, ...] = (*self.vocabulary_terms, *self.hidden_terms)
-        return tuple(term for term in every if term.schedule.largest > 0)
+        self.terms = tuple(term for term in every if term.schedule.largest > 0)
+        """The terms that the config gives a weight at any time of the stage."""
 
     @property
     def needs_teacher(self) -> bool:

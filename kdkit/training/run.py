@@ -4,7 +4,7 @@ import gc
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from kdkit.config import DistillConfig
@@ -36,11 +36,12 @@ from kdkit.runtime import Preflight, preflight, usable_dtype
 from kdkit.teacher.sources import LiveTeacher
 from kdkit.training import checkpoint
 from kdkit.training.card import model_card
-from kdkit.training.flow import StopRequest
+from kdkit.training.controls import Controls
 from kdkit.training.folder import RunFolder
 from kdkit.training.objective import Objective
 from kdkit.training.rows import RunRows
 from kdkit.training.stage import StageInputs, run_stage
+from kdkit.training.stopping import StopRequest
 
 STAGE_SEED_STRIDE = 1000
 """Distance between the seeds of two stages, so that runs with neighbouring seeds never share one."""
@@ -60,7 +61,13 @@ class RunResult:
 
 
 def run_distillation(
-    config: DistillConfig, output: str | Path, *, resume: bool = False, stop: StopRequest | None = None
+    config: DistillConfig,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    stop: StopRequest | None = None,
+    controls: Controls | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> RunResult:
     """Run every stage of a config and measure what came out.
 
@@ -69,14 +76,16 @@ def run_distillation(
         output: its folder; new, or with `resume` one that holds the same run.
         resume: continue from the newest whole checkpoint of the first unfinished stage.
         stop: asked between steps and batches whether to stop.
+        controls: asked between steps what to change; what is changed is logged, and a resume needs controls again.
+        callbacks: of transformers' Trainer, for whoever wants to watch; they must not draw random numbers.
     Returns:
         The finished student's folder and figures.
     Raises:
         UserError: settings, files or models do not fit; nothing was started.
         RunFailed: the run broke off; what is done is saved.
-        Interrupted: a signal asked to stop; what is done is saved.
+        Interrupted: someone asked to stop; what is done is saved.
     """
-    run = _Run(config, RunFolder(Path(output)), stop or StopRequest())
+    run = _Run(config, RunFolder(Path(output)), stop or StopRequest(), controls, callbacks)
     run.open(resume=resume)
     student: Path | None = None
     for index, name in enumerate(config.stages):
@@ -92,6 +101,8 @@ class _Run:
     config: DistillConfig
     folder: RunFolder
     stop: StopRequest
+    controls: Controls | None = None
+    callbacks: Sequence[TrainerCallback] = ()
     machine: Preflight = field(default_factory=preflight)
     _teacher: LiveTeacher | None = None
 
@@ -144,7 +155,15 @@ class _Run:
             use_cpu=self.machine.device == "cpu",
             adapters_from=after,
         )
-        run_stage(settings, inputs, folder=folder, metrics=self.folder.metrics, stop=self.stop)
+        run_stage(
+            settings,
+            inputs,
+            folder=folder,
+            metrics=self.folder.metrics,
+            stop=self.stop,
+            controls=self.controls,
+            callbacks=self.callbacks,
+        )
         del inputs, student
         _free_memory()
         return folder / "model"

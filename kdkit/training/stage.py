@@ -9,7 +9,7 @@ from pathlib import Path
 
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from kdkit.config import DistillConfig
 from kdkit.data.batch import DistillCollator
@@ -18,10 +18,12 @@ from kdkit.runtime import seed_everything
 from kdkit.teacher.sources import TeacherSource
 from kdkit.training import checkpoint, rollout
 from kdkit.training.arguments import num_warmup_steps, training_arguments
-from kdkit.training.flow import ConsoleProgress, StageFlow, StopRequest
+from kdkit.training.controls import ChangeableStage, Controls, needs_controls
+from kdkit.training.flow import ConsoleProgress, StageFlow
 from kdkit.training.metrics import MetricsFile
 from kdkit.training.model import DistillModel
 from kdkit.training.objective import Objective
+from kdkit.training.stopping import StopRequest
 from kdkit.training.trainer import ADAPTERS_FILE, STATE_FILE, DistillTrainer, Generate
 
 OF_TRAINING = (
@@ -84,6 +86,8 @@ def run_stage(
     folder: Path,
     metrics: MetricsFile,
     stop: StopRequest,
+    controls: Controls | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> None:
     """Train one stage from its newest whole checkpoint, or from the start, and leave `folder/model`.
 
@@ -93,23 +97,30 @@ def run_stage(
         folder: the stage's folder; its checkpoints are looked for here.
         metrics: the run's log; what a lost part of this stage wrote is cut off.
         stop: asked after each step.
+        controls: asked between steps what to change.
+        callbacks: of whoever wants to watch.
     Raises:
-        Interrupted: a signal asked to stop; the last complete step is saved.
+        Interrupted: someone asked to stop; the last complete step is saved.
         RunFailed: something was not finite, or a checkpoint could not be written.
     """
     (name,) = config.stages
     folder.mkdir(parents=True, exist_ok=True)
     num_steps = _count_steps_here(config, inputs)
     resumed_from = checkpoint.newest_checkpoint(folder)
+    if controls is None and needs_controls(name, metrics):
+        controls = Controls()
     flow = StageFlow(
         log_every=config.logging.every_steps,
         save_every=config.checkpoint.every_steps,
         evaluate_every=config.evaluation.every_steps,
+        save_every_seconds=60 * config.checkpoint.every_minutes,
         stop=stop,
+        controls=controls,
         resumed_from=resumed_from,
     )
+    model, own_text = _build_model(config, inputs), _build_rollout(config, inputs, num_steps)
     trainer = DistillTrainer(
-        _build_model(config, inputs),
+        model,
         training_arguments(config, folder, num_steps=num_steps, precision=inputs.precision, use_cpu=inputs.use_cpu),
         stage=name,
         collator=inputs.collator,
@@ -119,10 +130,21 @@ def run_stage(
         tokenizer=inputs.tokenizer,
         metrics=metrics,
         generate=inputs.generate,
-        rollout=_build_rollout(config, inputs, num_steps),
+        rollout=own_text,
+        changeable=None
+        if controls is None
+        else ChangeableStage(
+            controls,
+            stage=name,
+            objective=model.objective,
+            rollout=own_text,
+            num_steps=num_steps,
+            metrics=metrics,
+            stop=stop,
+        ),
         on_nonfinite=config.objective.on_nonfinite,
         keep=config.checkpoint.keep,
-        callbacks=[flow, ConsoleProgress(name)],
+        callbacks=[flow, ConsoleProgress(name), *callbacks],
     )
     flow.trainer = trainer
     if trainer.is_world_process_zero():

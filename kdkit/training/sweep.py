@@ -22,9 +22,9 @@ from kdkit.config import DistillConfig, dump_config, load_config
 from kdkit.errors import RunFailed, UserError
 from kdkit.runtime import thread_count
 from kdkit.training.checkpoint import write_text
-from kdkit.training.flow import Interrupted, StopRequest
 from kdkit.training.folder import CONFIG_FILE, RunFolder
 from kdkit.training.run import run_distillation
+from kdkit.training.stopping import Interrupted, StopRequest
 
 SEED_STRIDE = 10
 """Between the seeds of a sweep; DistiLLM's are 10, 20, ..., 50."""

@@ -38,6 +38,7 @@ from kdkit.errors import RunFailed, UserError
 from kdkit.runtime import preserved_rng_state, rng_state, set_rng_state
 from kdkit.teacher.sources import TeacherSource
 from kdkit.training import checkpoint
+from kdkit.training.controls import ChangeableStage
 from kdkit.training.metrics import MetricsFile, RunningSums
 from kdkit.training.model import DistillModel
 from kdkit.training.objective import ITEMS, Item, Moment, count_items
@@ -67,6 +68,7 @@ class DistillTrainer(Trainer):
         generate: answers validation rows with the student and measures them; called with the student and a limit of
             rows (None: all). None: no generation while training.
         rollout: puts the student's own text in place of gold rows; None: never.
+        changeable: what a person may change between steps; None: nobody is there.
         on_nonfinite: what a NaN or infinite loss or gradient does, "stop" or "skip".
         keep: newest checkpoints that stay.
         callbacks: further callbacks, after the trainer's own.
@@ -89,6 +91,7 @@ class DistillTrainer(Trainer):
         metrics: MetricsFile,
         generate: Generate | None = None,
         rollout: Rollout | None = None,
+        changeable: ChangeableStage | None = None,
         on_nonfinite: str = "stop",
         keep: int = 2,
         callbacks: list[TrainerCallback] | None = None,
@@ -98,6 +101,7 @@ class DistillTrainer(Trainer):
         self.metrics = metrics
         self.generate = generate
         self.rollout = rollout
+        self.changeable = changeable
         self.on_nonfinite = on_nonfinite
         self.keep = keep
         self.sums = RunningSums()
@@ -139,7 +143,9 @@ class DistillTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], dict[Item, float]]:
-        """The batches of an accumulation window, the student's own text among them, counted after it came in."""
+        """The batches of the next accumulation window, the student's own text among them, counted after it came in."""
+        if self.changeable is not None:
+            self._last_row_at += self.changeable.take_up(self.state.global_step, accelerator=self.accelerator)
         batches, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.rollout is None or not batches:
             return batches, counts
@@ -489,6 +495,8 @@ class DistillTrainer(Trainer):
         self.num_skipped_steps = state["num_skipped_steps"]
         if self.rollout is not None:
             self.rollout.restore(folder)
+        if self.changeable is not None:
+            self.changeable.restore(self.state.global_step)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train; whatever ends it early, the last complete step is on disk afterwards."""
