@@ -1,13 +1,11 @@
 """What the notebooks call beside the package: runs that go on where a session ended, pictures, answers side by side."""
 
-import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from html import escape
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +18,7 @@ from kdkit.plots import figure_bytes
 from kdkit.training.flow import StopRequest
 from kdkit.training.folder import CONFIG_FILE
 from kdkit.training.run import RunResult, run_distillation
+from kdkit.widgets import has_front_end
 
 if TYPE_CHECKING:
     import ipywidgets
@@ -121,7 +120,7 @@ def ask_models(models: RunModels, prompt: str) -> "ipywidgets.VBox | None":
         UserError: as `compare_answers`; one that the box causes is shown in it instead.
     """
     display(AnswersTable([compare_answers(models, prompt)]))
-    if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch" or find_spec("ipywidgets") is None:
+    if not has_front_end():
         return None
     import ipywidgets
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kdkit.config.reading import stage_config
 from kdkit.errors import UserError
 from kdkit.inspection.runs import RunModels, StudentName, encode_answer
 from kdkit.loading import shared_vocab_size
@@ -33,8 +34,12 @@ class AnswerPositions:
     """N names of the tokens that the answer has there, a leading space written as ␣."""
     contexts: list[str]
     """N texts that both have read by then."""
-    loss_arguments: Mapping[str, Mapping[str, float]]
-    """The run's loss -> its own arguments, such as alpha."""
+    loss: str
+    """The run's own, in its last stage."""
+    loss_arguments: Mapping[str, float]
+    """Of the run's own loss, such as alpha."""
+    temperature: float
+    """The run's own, where this student stands."""
     tokenizer: PreTrainedTokenizerBase
 
     def view(self, position: int, *, loss: str, temperatures: Sequence[float] = TEMPERATURES) -> TokenView:
@@ -69,14 +74,17 @@ class AnswerPositions:
             gradient_norm=push.norm(dim=1).numpy(),
         )
 
+    def _arguments(self, loss: str) -> Mapping[str, float]:
+        return self.loss_arguments if loss == self.loss else {}
+
     def _value(self, loss: str, student: Tensor, teacher: Tensor, temperature: float) -> float:
-        return divergence(loss, student, teacher, temperature=temperature, **self.loss_arguments.get(loss, {})).item()
+        return divergence(loss, student, teacher, temperature=temperature, **self._arguments(loss)).item()
 
     def _gradient(self, loss: str, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """(1, V) derivative of the loss by the student's logits, without T²."""
         with torch.enable_grad():
             logits = student.clone().requires_grad_()
-            value = divergence(loss, logits, teacher, temperature=temperature, **self.loss_arguments.get(loss, {}))
+            value = divergence(loss, logits, teacher, temperature=temperature, **self._arguments(loss))
         return torch.autograd.grad(value.sum(), logits)[0]
 
 
@@ -95,14 +103,17 @@ def read_positions(models: RunModels, prompt: str, answer: str, *, student: Stud
     """
     batch = encode_answer(models, prompt, answer)
     ids, positions = batch["input_ids"], batch["positions"]  # (1, T), (N,)
-    own, tokenizer, kd = models.students[student], models.tokenizer, models.config.objective.kd
+    own, tokenizer = models.students[student], models.tokenizer
+    kd = stage_config(models.config, list(models.config.stages)[-1]).objective.kd
     num_shared = shared_vocab_size(models.teacher, own, len(tokenizer))
     return AnswerPositions(
         student=_logits(own, ids, positions)[:, :num_shared],
         teacher=_logits(models.teacher, ids, positions)[:, :num_shared],
         tokens=[token_name(tokenizer, token) for token in ids[0, positions + 1].tolist()],
         contexts=[tokenizer.decode(ids[0, : position + 1]) for position in positions.tolist()],
-        loss_arguments={kd.loss: kd.loss_arguments},
+        loss=kd.loss,
+        loss_arguments=kd.loss_arguments,
+        temperature=kd.temperature.at(int(student == "student"), 1),
         tokenizer=tokenizer,
     )
 

@@ -10,6 +10,7 @@ from kdkit.plots.comparison import comparison_finding, intervals_over, plot_comp
 from kdkit.plots.rollout import plot_rollout
 from kdkit.plots.sweep import plot_sweep
 from kdkit.plots.temperature import TokenView, plot_temperature
+from kdkit.plots.threshold import plot_threshold
 from kdkit.plots.training import plot_evaluations, plot_training
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "plot_rollout",
     "plot_sweep",
     "plot_temperature",
+    "plot_threshold",
     "plot_training",
 ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kdkit.errors import UserError
-from kdkit.plots.axes import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, RED, SKY, choose_scale, wrapped
+from kdkit.plots.axes import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, RED, SKY, choose_scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,12 +68,14 @@ def plot_temperature(view: TokenView, *, temperature: float) -> "Figure":
     (share_axes, push_axes), (loss_axes, norm_axes) = figure.subplots(2, 2, height_ratios=(1.7, 1.0))
     for axes in (share_axes, push_axes, loss_axes, norm_axes):
         axes.grid(color=FAINT, alpha=0.3)
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     _draw_shares(share_axes, view, at[0])
     _draw_push(push_axes, view, at[0])
     _draw_losses(loss_axes, view, at[0])
     _draw_norm(norm_axes, view, at[0])
-    figure.suptitle(f"{wrapped(_finding(view, at[0]), 92)}\n{_read_so_far(view)}", parse_math=False, fontsize="medium")
+    push_axes.set_ylim(share_axes.get_ylim())
+    figure.suptitle(f"{_finding(view, at[0])}\n{_read_so_far(view)}", parse_math=False)
     return figure
 
 
@@ -89,17 +91,17 @@ def _draw_shares(axes: "Axes", view: TokenView, at: int) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel(f"probability at T = {view.temperatures[at]:g} (bold: the answer's)")
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="center right", frameon=False)
 
 
 def _draw_push(axes: "Axes", view: TokenView, at: int) -> None:
     push = view.temperatures[at] ** 2 * view.push[at]
     axes.barh(np.arange(len(push)), push, height=2 * _BAR, color=[GREEN if x > 0 else RED for x in push])
     axes.axvline(0, color=INK, linewidth=0.8)
-    axes.set_ylim(len(push) + 0.5, -0.5 - _BAR)
-    axes.set_yticks(np.arange(len(push) + 1), [""] * (len(push) + 1))
+    axes.set_yticks([])
     reach = max(1.15 * np.abs(push).max(), 1e-6)
     axes.set_xlim(-reach, reach)
+    axes.set_xticks([-reach / 1.15, 0, reach / 1.15], [f"{-reach / 1.15:.2g}", "0", f"{reach / 1.15:.2g}"])
     axes.set_xlabel(f"what {view.loss} asks of the logit, × T²\n(left: down, right: up)")
 
 
@@ -145,18 +147,18 @@ def _over_temperature(axes: "Axes", view: TokenView, at: int) -> None:
 
 
 def _finding(view: TokenView, at: int) -> str:
-    """How sure both are, and how much of the gradient at T = 1 is left."""
-    t = view.temperatures[at]
+    """How sure both are; below it, how much of the gradient at T = 1 is left. Two lines, so that panels never jump."""
+    t, norms = view.temperatures[at], view.gradient_norm
     best = int(np.argmax(view.teacher[at]))
-    sentence = (
-        f"At T = {t:g} the teacher gives {_shortened(view.tokens[best])!r} {view.teacher[at, best]:.0%}, "
+    sure = (
+        f"At T = {t:g} the teacher gives “{_shortened(view.tokens[best])}” {view.teacher[at, best]:.0%}, "
         f"the student {view.student[at, best]:.0%}"
     )
-    (one,) = np.flatnonzero(np.isclose(view.temperatures, 1.0)) if 1.0 in view.temperatures else (None,)
-    if one is None or one == at or not view.gradient_norm[one]:
-        return f"{sentence}; {view.loss} is {view.losses[view.loss][at]:.3g}"
-    left = view.gradient_norm[at] / view.gradient_norm[one]
-    return f"{sentence}; the gradient of {view.loss} is {left:.2g} of that at T = 1, with T² {left * t**2:.2g}"
+    one = np.flatnonzero(np.isclose(view.temperatures, 1.0) & (norms > 0))
+    if not len(one) or one[0] == at:
+        return f"{sure};\n{view.loss} is {view.losses[view.loss][at]:.3g}"
+    left = norms[at] / norms[one[0]]
+    return f"{sure};\nthe gradient of {view.loss} is {left:.2g} of that at T = 1, with T² {left * t**2:.2g} of it"
 
 
 def _read_so_far(view: TokenView) -> str:
