@@ -54,8 +54,9 @@ def plot_alignment(
     if band is not None:
         grey = np.where(_is_outside(n, m, band), 1.0, np.nan)
         axes.imshow(grey, cmap="Greys", vmin=0.0, vmax=4.0, aspect="equal", interpolation="nearest")
+        axes.plot([], [], "s", color="#d9d9d9", label="outside the band")
     axes.plot([0, m - 1], [0, n - 1], color=RED, linewidth=1.2, linestyle="--", label="no warping")
-    axes.legend(loc="upper left", bbox_to_anchor=(0.0, -0.01), frameon=False)
+    axes.legend(loc="upper left", bbox_to_anchor=(0.0, -0.01), frameon=False, ncols=2)
     axes.set_ylabel("student units")
     axes.set_xlabel("teacher units")
     axes.xaxis.set_label_position("top")
