@@ -11,7 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdkit.errors import UserError
 from kdkit.evaluation import GenerationSettings, generate_answers
-from kdkit.inspection import alignment_of, choose_example, compare_answers, load_run_models, replayed_texts
+from kdkit.inspection import (
+    alignment_of,
+    choose_example,
+    compare_answers,
+    load_run_models,
+    read_units,
+    replayed_texts,
+)
 from kdkit.training.run import run_distillation
 
 OBJECTIVE = {"kd": {"weight": 1.0}, "dtw": {"weight": 0.5, "band": 4}}
@@ -156,3 +163,24 @@ class TestReplayedTexts:
             replayed_texts(aligned_run.folder)
         with pytest.raises(UserError, match="holds no run"):
             replayed_texts(tmp_path)
+
+
+class TestReadUnits:
+    def test_gamma_and_band_are_the_runs_unless_told(self, aligned_models, trained_row):
+        units = read_units(aligned_models, *trained_row)
+        assert (units.gamma, units.band) == (0.1, 4)
+        own = alignment_of(aligned_models, *trained_row)
+        assert np.array_equal(own.matrix, units.align(gamma=0.1, band=4).matrix)
+        free = alignment_of(aligned_models, *trained_row, gamma=5.0, band=None)
+        assert np.array_equal(free.matrix, units.align(gamma=5.0, band=None).matrix)
+        assert free.off_diagonal_fraction > own.off_diagonal_fraction
+
+    def test_no_mass_lies_outside_the_band(self, aligned_models, trained_row):
+        found = read_units(aligned_models, *trained_row).align(gamma=10.0, band=1)
+        i, j = np.indices(found.matrix.shape)
+        assert found.matrix[abs(i - j) > 1].max() == 0
+        assert found.matrix[abs(i - j) == 1].min() > 0
+
+    def test_a_vanishing_gamma_leaves_one_path(self, aligned_models, trained_row):
+        found = read_units(aligned_models, *trained_row).align(gamma=1e-5, band=None)
+        assert np.isclose(found.matrix, found.matrix.round(), atol=1e-3).all()
