@@ -1,6 +1,5 @@
 """What the notebooks call beside the package: runs that go on where a session ended, pictures, answers side by side."""
 
-import os
 import shutil
 import stat
 import sys
@@ -9,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from html import escape
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +25,7 @@ from kdkit.session.place import Session, skip_the_rest
 from kdkit.training.folder import CONFIG_FILE
 from kdkit.training.run import RunResult, run_distillation
 from kdkit.training.stopping import Interrupted
+from kdkit.widgets import has_front_end
 
 if TYPE_CHECKING:
     import ipywidgets
@@ -206,7 +205,7 @@ def ask_models(models: RunModels, prompt: str) -> "ipywidgets.VBox | None":
         UserError: as `compare_answers`; one that the box causes is shown in it instead.
     """
     display(AnswersTable([compare_answers(models, prompt)]))
-    if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch" or find_spec("ipywidgets") is None:
+    if not has_front_end():
         return None
     import ipywidgets
 

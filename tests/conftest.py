@@ -1,12 +1,16 @@
 """Small things that many test files need; nothing here reads the network or a GPU."""
 
+import json
 import sys
 
 import pytest
+from tiny import make_pair, tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from kdkit import cli
+from kdkit.inspection import load_run_models
+from kdkit.training.run import run_distillation
 
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -48,3 +52,33 @@ def kdkit(monkeypatch, capsys):
         return code, said.out, said.err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory):
+    """Folders of a random teacher and a random student."""
+    return make_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="session")
+def aligned_run(tiny_pair, tmp_path_factory):
+    """A finished run with a dtw term, on one row in batches of one, so that a log row speaks of that row alone."""
+    one_row = ("data.train_rows=1", "optim.scheduler=constant", "optim.warmup_steps=0", "evaluation.before=true")
+    objective = {"kd": {"weight": 1.0}, "dtw": {"weight": 0.5, "band": 4}}
+    config = tiny_config(tiny_pair, *one_row, objective=objective, batch_size=1, max_steps=2)
+    return run_distillation(config, tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="session")
+def aligned_models(aligned_run):
+    """Its models, loaded."""
+    return load_run_models(aligned_run.folder)
+
+
+@pytest.fixture(scope="session")
+def trained_row(aligned_models):
+    """Its training row as models read it: prompt, answer."""
+    with open(aligned_models.config.data.train, encoding="utf-8") as file:
+        row = json.loads(file.readline())
+    answer = row["output"] if isinstance(row["output"], str) else row["output"][0]
+    return f"{row['instruction']}\n{row['input']}\nAnswer:\n", answer

@@ -6,42 +6,22 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import make_pair, tiny_config
+from tiny import tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdkit.errors import UserError
 from kdkit.evaluation import GenerationSettings, generate_answers
-from kdkit.inspection import alignment_of, choose_example, compare_answers, load_run_models, replayed_texts
+from kdkit.inspection import (
+    alignment_of,
+    choose_example,
+    compare_answers,
+    load_run_models,
+    read_units,
+    replayed_texts,
+)
 from kdkit.training.run import run_distillation
 
 OBJECTIVE = {"kd": {"weight": 1.0}, "dtw": {"weight": 0.5, "band": 4}}
-ONE_ROW = ("data.train_rows=1", "optim.scheduler=constant", "optim.warmup_steps=0", "evaluation.before=true")
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return make_pair(tmp_path_factory.mktemp("pair"))
-
-
-@pytest.fixture(scope="module")
-def run(pair, tmp_path_factory):
-    """Trained on one row in batches of one, so that a log row speaks of that row alone."""
-    config = tiny_config(pair, *ONE_ROW, objective=OBJECTIVE, batch_size=1, max_steps=2)
-    return run_distillation(config, tmp_path_factory.mktemp("runs") / "run")
-
-
-@pytest.fixture(scope="module")
-def models(run):
-    return load_run_models(run.folder)
-
-
-@pytest.fixture(scope="module")
-def trained_row(models):
-    """The training row as models read it: prompt, answer."""
-    with open(models.config.data.train, encoding="utf-8") as file:
-        row = json.loads(file.readline())
-    answer = row["output"] if isinstance(row["output"], str) else row["output"][0]
-    return f"{row['instruction']}\n{row['input']}\nAnswer:\n", answer
 
 
 def word_means(model, tokenizer, prompt, answer):
@@ -57,25 +37,27 @@ def word_means(model, tokenizer, prompt, answer):
 
 
 class TestLoadRunModels:
-    def test_before_is_where_the_run_began_and_student_where_it_ended(self, models, run, pair):
-        for name, folder in (("before", pair["student"]), ("student", run.model)):
+    def test_before_is_where_the_run_began_and_student_where_it_ended(self, aligned_models, aligned_run, tiny_pair):
+        for name, folder in (("before", tiny_pair["student"]), ("student", aligned_run.model)):
             saved = load_file(f"{folder}/model.safetensors")
-            held = models.students[name].state_dict()
+            held = aligned_models.students[name].state_dict()
             assert all(torch.equal(held[key], value) for key, value in saved.items()), name
-        assert models.teacher.config.hidden_size == 24
-        assert not any(p.requires_grad for m in (models.teacher, *models.students.values()) for p in m.parameters())
+        assert aligned_models.teacher.config.hidden_size == 24
+        assert not any(
+            p.requires_grad for m in (aligned_models.teacher, *aligned_models.students.values()) for p in m.parameters()
+        )
 
-    def test_a_start_from_random_weights_is_made_again(self, pair, tmp_path):
-        config = tiny_config(pair, "student.from_scratch=true", max_steps=1, learning_rate=1e-9)
+    def test_a_start_from_random_weights_is_made_again(self, tiny_pair, tmp_path):
+        config = tiny_config(tiny_pair, "student.from_scratch=true", max_steps=1, learning_rate=1e-9)
         found = load_run_models(run_distillation(config, tmp_path / "run").folder)
         before, after = (found.students[name].state_dict() for name in ("before", "student"))
         assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
 
-    def test_no_random_draw_outside_is_disturbed(self, run):
+    def test_no_random_draw_outside_is_disturbed(self, aligned_run):
         torch.manual_seed(0)
         expected = torch.rand(3)
         torch.manual_seed(0)
-        load_run_models(run.folder)
+        load_run_models(aligned_run.folder)
         assert torch.equal(torch.rand(3), expected)
 
     def test_a_folder_without_a_finished_run_is_refused(self, tmp_path):
@@ -84,24 +66,24 @@ class TestLoadRunModels:
 
 
 class TestCompareAnswers:
-    def test_each_model_answers_the_prompt_in_the_runs_template(self, models):
-        row = compare_answers(models, "  Say hello.\n")
+    def test_each_model_answers_the_prompt_in_the_runs_template(self, aligned_models):
+        row = compare_answers(aligned_models, "  Say hello.\n")
         assert list(row) == ["prompt", "before", "student", "teacher"]
         assert row["prompt"] == "Say hello."
         settings = GenerationSettings(max_new_tokens=4)
-        for name, model in {**models.students, "teacher": models.teacher}.items():
-            (answer,) = generate_answers(model, models.tokenizer, ["Say hello.\nAnswer:\n"], settings)
+        for name, model in {**aligned_models.students, "teacher": aligned_models.teacher}.items():
+            (answer,) = generate_answers(model, aligned_models.tokenizer, ["Say hello.\nAnswer:\n"], settings)
             assert row[name] == answer.text
         assert row["teacher"] != row["before"]
 
     @pytest.mark.parametrize("prompt", ["", " \n"])
-    def test_an_empty_prompt_is_refused(self, models, prompt):
+    def test_an_empty_prompt_is_refused(self, aligned_models, prompt):
         with pytest.raises(UserError, match="prompt is empty"):
-            compare_answers(models, prompt)
+            compare_answers(aligned_models, prompt)
 
-    def test_a_prompt_that_leaves_no_room_is_refused(self, models):
+    def test_a_prompt_that_leaves_no_room_is_refused(self, aligned_models):
         with pytest.raises(UserError, match="positions"):
-            compare_answers(models, "word " * 600)
+            compare_answers(aligned_models, "word " * 600)
 
 
 class TestChooseExample:
@@ -120,28 +102,30 @@ class TestChooseExample:
 
 
 class TestAlignmentOf:
-    def test_before_is_what_the_first_step_logged(self, models, run, trained_row):
-        first = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[0])
+    def test_before_is_what_the_first_step_logged(self, aligned_models, aligned_run, trained_row):
+        first = json.loads((aligned_run.folder / "metrics.jsonl").read_text().splitlines()[0])
         assert (first["kind"], first["step"]) == ("train", 1)
-        found = alignment_of(models, *trained_row, student="before")
+        found = alignment_of(aligned_models, *trained_row, student="before")
         assert found.cost / found.diagonal_cost == pytest.approx(first["dtw/to_diagonal_ratio"], rel=1e-5)
         assert found.off_diagonal_fraction == pytest.approx(first["dtw/off_diagonal_fraction"], rel=1e-4)
 
-    def test_the_diagonal_costs_the_mean_cosine_distance_of_equal_words(self, models, run, pair, trained_row):
-        tokenizer = AutoTokenizer.from_pretrained(pair["teacher"])
-        student, teacher = (AutoModelForCausalLM.from_pretrained(p) for p in (run.model, pair["teacher"]))
+    def test_the_diagonal_costs_the_mean_cosine_distance_of_equal_words(
+        self, aligned_models, aligned_run, tiny_pair, trained_row
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(tiny_pair["teacher"])
+        student, teacher = (AutoModelForCausalLM.from_pretrained(p) for p in (aligned_run.model, tiny_pair["teacher"]))
         with torch.no_grad():
             s, words = word_means(student, tokenizer, *trained_row)
             t, _ = word_means(teacher, tokenizer, *trained_row)
-        projected = s @ load_file(run.model / "adapters.safetensors")["dtw_projector.weight"].T
+        projected = s @ load_file(aligned_run.model / "adapters.safetensors")["dtw_projector.weight"].T
         expected = (1 - torch.cosine_similarity(projected, t)).mean().item()
-        found = alignment_of(models, *trained_row)
+        found = alignment_of(aligned_models, *trained_row)
         assert found.diagonal_cost == pytest.approx(expected, rel=1e-4)
         assert found.student_units == found.teacher_units == words
 
-    def test_every_unit_of_both_sides_is_passed(self, models, trained_row):
+    def test_every_unit_of_both_sides_is_passed(self, aligned_models, trained_row):
         prompt, answer = trained_row
-        found = alignment_of(models, prompt, answer, teacher_answer="A shorter answer.")
+        found = alignment_of(aligned_models, prompt, answer, teacher_answer="A shorter answer.")
         assert found.teacher_units == ["A", "shorter", "answer."]
         assert found.matrix.shape == (len(answer.split()), 3)
         assert (found.matrix.sum(0) >= 1 - 1e-4).all()
@@ -149,33 +133,54 @@ class TestAlignmentOf:
         assert found.matrix[0, 0] == pytest.approx(1, abs=1e-4)
         assert found.matrix[-1, -1] == pytest.approx(1, abs=1e-4)
 
-    def test_the_finding_names_both_costs(self, models, trained_row):
-        found = alignment_of(models, *trained_row)
+    def test_the_finding_names_both_costs(self, aligned_models, trained_row):
+        found = alignment_of(aligned_models, *trained_row)
         assert f"soft-DTW costs {found.cost:.2f} a unit, the diagonal {found.diagonal_cost:.2f}" in found.finding
         assert np.isfinite([found.cost, found.diagonal_cost]).all()
 
     @pytest.mark.parametrize("answer", [" ", "\n"])
-    def test_an_answer_without_words_is_refused(self, models, trained_row, answer):
+    def test_an_answer_without_words_is_refused(self, aligned_models, trained_row, answer):
         with pytest.raises(UserError, match=r"no words to align|no row"):
-            alignment_of(models, trained_row[0], answer)
+            alignment_of(aligned_models, trained_row[0], answer)
 
-    def test_a_run_without_a_dtw_term_is_refused(self, pair, tmp_path):
-        config = tiny_config(pair, objective={"lm": {"weight": 1.0}}, max_steps=1)
+    def test_a_run_without_a_dtw_term_is_refused(self, tiny_pair, tmp_path):
+        config = tiny_config(tiny_pair, objective={"lm": {"weight": 1.0}}, max_steps=1)
         found = load_run_models(run_distillation(config, tmp_path / "run").folder)
         with pytest.raises(UserError, match="aligned nothing"):
             alignment_of(found, "Q\nAnswer:\n", "An answer.")
 
 
 class TestReplayedTexts:
-    def test_newest_first_with_their_age(self, pair, tmp_path):
+    def test_newest_first_with_their_age(self, tiny_pair, tmp_path):
         free = ("rollout.mode=mixed", "rollout.threshold=1", "rollout.guard=null", "rollout.collapse=null")
-        config = tiny_config(pair, *free, "rollout.max_new_tokens=4", objective=OBJECTIVE, max_steps=2)
+        config = tiny_config(tiny_pair, *free, "rollout.max_new_tokens=4", objective=OBJECTIVE, max_steps=2)
         texts = replayed_texts(run_distillation(config, tmp_path / "run").folder)
         assert [text["age_steps"] for text in texts] == [1] * 8 + [2] * 8
         assert all(text["prompt"].endswith("Answer:\n") for text in texts)
 
-    def test_a_run_without_student_text_has_none(self, run, tmp_path):
+    def test_a_run_without_student_text_has_none(self, aligned_run, tmp_path):
         with pytest.raises(UserError, match="has no replay buffer"):
-            replayed_texts(run.folder)
+            replayed_texts(aligned_run.folder)
         with pytest.raises(UserError, match="holds no run"):
             replayed_texts(tmp_path)
+
+
+class TestReadUnits:
+    def test_gamma_and_band_are_the_runs_unless_told(self, aligned_models, trained_row):
+        units = read_units(aligned_models, *trained_row)
+        assert (units.gamma, units.band) == (0.1, 4)
+        own = alignment_of(aligned_models, *trained_row)
+        assert np.array_equal(own.matrix, units.align(gamma=0.1, band=4).matrix)
+        free = alignment_of(aligned_models, *trained_row, gamma=5.0, band=None)
+        assert np.array_equal(free.matrix, units.align(gamma=5.0, band=None).matrix)
+        assert free.off_diagonal_fraction > own.off_diagonal_fraction
+
+    def test_no_mass_lies_outside_the_band(self, aligned_models, trained_row):
+        found = read_units(aligned_models, *trained_row).align(gamma=10.0, band=1)
+        i, j = np.indices(found.matrix.shape)
+        assert found.matrix[abs(i - j) > 1].max() == 0
+        assert found.matrix[abs(i - j) == 1].min() > 0
+
+    def test_a_vanishing_gamma_leaves_one_path(self, aligned_models, trained_row):
+        found = read_units(aligned_models, *trained_row).align(gamma=1e-5, band=None)
+        assert np.isclose(found.matrix, found.matrix.round(), atol=1e-3).all()

@@ -151,6 +151,6 @@ class TestAskModels:
         assert len(shown) == 1
 
     def test_without_ipywidgets_there_is_no_box(self, models, shown, monkeypatch):
-        monkeypatch.setattr(notebook, "find_spec", lambda name: None)
+        monkeypatch.setattr(notebook, "has_front_end", lambda: False)
         assert ask_models(models, "Say hello.") is None
         assert len(shown) == 1

@@ -9,11 +9,14 @@ from kdkit.plots.axes import METRICS, Row, figure_bytes
 from kdkit.plots.comparison import comparison_finding, intervals_over, plot_comparison
 from kdkit.plots.rollout import plot_rollout
 from kdkit.plots.sweep import plot_sweep
+from kdkit.plots.temperature import TokenView, plot_temperature
+from kdkit.plots.threshold import plot_threshold
 from kdkit.plots.training import plot_evaluations, plot_training
 
 __all__ = [
     "METRICS",
     "Row",
+    "TokenView",
     "comparison_finding",
     "figure_bytes",
     "intervals_over",
@@ -22,5 +25,7 @@ __all__ = [
     "plot_evaluations",
     "plot_rollout",
     "plot_sweep",
+    "plot_temperature",
+    "plot_threshold",
     "plot_training",
 ]

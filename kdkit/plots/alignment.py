@@ -20,6 +20,7 @@ def plot_alignment(
     student_units: Sequence[str],
     teacher_units: Sequence[str],
     *,
+    band: int | None = None,
     title: str | None = None,
 ) -> "Figure":
     """Does soft-DTW warp? The expected alignment of two sequences of units, with the path that does not warp.
@@ -29,6 +30,7 @@ def plot_alignment(
             probability that the alignment passes through it.
         student_units: n words; shown as labels when there are few.
         teacher_units: m words.
+        band: half-width in units around the diagonal, as of `kdkit.softdtw.soft_dtw`; cells outside it are greyed.
         title: None states how much of the alignment lies more than one unit off the diagonal.
     Returns:
         Figure with the student's units downwards and the teacher's to the right.
@@ -49,8 +51,12 @@ def plot_alignment(
     axes = figure.subplots()
     image = axes.imshow(alignment, cmap="Blues", vmin=0.0, vmax=max(1.0, alignment.max()), aspect="equal")
     figure.colorbar(image, ax=axes, label="probability of passing here")
+    if band is not None:
+        grey = np.where(_is_outside(n, m, band), 1.0, np.nan)
+        axes.imshow(grey, cmap="Greys", vmin=0.0, vmax=4.0, aspect="equal", interpolation="nearest")
+        axes.plot([], [], "s", color="#d9d9d9", label="outside the band")
     axes.plot([0, m - 1], [0, n - 1], color=RED, linewidth=1.2, linestyle="--", label="no warping")
-    axes.legend(loc="upper left", bbox_to_anchor=(0.0, -0.01), frameon=False)
+    axes.legend(loc="upper left", bbox_to_anchor=(0.0, -0.01), frameon=False, ncols=2)
     axes.set_ylabel("student units")
     axes.set_xlabel("teacher units")
     axes.xaxis.set_label_position("top")
@@ -62,6 +68,12 @@ def plot_alignment(
         )
     figure.suptitle(wrapped(title or _alignment_finding(alignment), int(9 * figure.get_figwidth())))
     return figure
+
+
+def _is_outside(n: int, m: int, band: int) -> np.ndarray:
+    """(n, m) bool: cells that the slope-corrected band of `kdkit.softdtw.band` leaves out."""
+    i, j = np.arange(n)[:, None], np.arange(m)[None, :]
+    return np.abs(i * (m - 1) - j * (n - 1)) > band * (max(n, m) - 1)
 
 
 def _alignment_finding(alignment: np.ndarray) -> str:

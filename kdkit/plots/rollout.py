@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SOURCES = {"gold": ORANGE, "fresh": BLUE, "replayed": SKY, "empty": FAINT}
+SOURCES = {"gold": ORANGE, "fresh": BLUE, "replayed": SKY, "empty": FAINT}
 _REASON_COLOURS = (RED, PURPLE, ORANGE, SKY, GREEN, FAINT)
 PREFIX = "rollout/"
 
@@ -69,13 +69,13 @@ def _is_taken_back(row: Row) -> bool:
 
 
 def _draw_sources(axes: "Axes", steps: np.ndarray, rows: Sequence[Row]) -> None:
-    every = {name: np.nan_to_num(column(rows, f"{PREFIX}{name}_fraction")) for name in _SOURCES}
+    every = {name: np.nan_to_num(column(rows, f"{PREFIX}{name}_fraction")) for name in SOURCES}
     shares = {name: share for name, share in every.items() if name != "empty" or share.any()}
     axes.stackplot(
         _edges(steps),
         *(np.append(share, share[-1:]) for share in shares.values()),
         labels=list(shares),
-        colors=[_SOURCES[name] for name in shares],
+        colors=[SOURCES[name] for name in shares],
         step="post",
         alpha=0.85,
     )

@@ -1,0 +1,145 @@
+"""The models of a finished run: loaded, and asked the same question."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kdkit.config import DistillConfig, load_config
+from kdkit.config.reading import stage_config
+from kdkit.data.batch import Batch, DistillCollator, encode_rows
+from kdkit.data.rows import RowReport, Rows
+from kdkit.data.templates import Question, prompt_renderer
+from kdkit.errors import UserError
+from kdkit.evaluation import GenerationSettings, generate_answers
+from kdkit.loading import load_model, load_teacher, load_tokenizer
+from kdkit.runtime import preflight, preserved_rng_state, seed_everything
+from kdkit.training.folder import CONFIG_FILE, RunFolder
+from kdkit.training.objective import PROJECTOR, Objective
+from kdkit.training.run import STAGE_SEED_STRIDE
+from kdkit.training.trainer import ADAPTERS_FILE
+
+StudentName = Literal["before", "student"]
+
+
+@dataclass(frozen=True, eq=False)
+class RunModels:
+    """The models of a finished run, loaded to be asked."""
+
+    config: DistillConfig
+    tokenizer: PreTrainedTokenizerBase
+    teacher: PreTrainedModel
+    students: Mapping[StudentName, PreTrainedModel]
+    """`before` as the run found it, `student` as the run left it."""
+    projectors: Mapping[StudentName, nn.Module]
+    """From each student's hidden states into the teacher's space; empty where the run aligned nothing."""
+
+
+def load_run_models(folder: str | Path) -> RunModels:
+    """Load teacher, student and the student's start of a finished run.
+
+    Args:
+        folder: of the run.
+    Returns:
+        The models in evaluation mode on this machine's device, students in float32.
+    Raises:
+        UserError: the folder holds no finished run, or a model cannot be loaded.
+    """
+    run = RunFolder(Path(folder))
+    if not (run.path / CONFIG_FILE).is_file() or not run.model.is_dir():
+        raise UserError(f"{folder} holds no finished run: let the run end first")
+    config, machine = load_config(run.path / CONFIG_FILE), preflight()
+    load_student = partial(
+        load_model,
+        dtype=torch.float32,
+        device=machine.device,
+        attn_implementation=config.student.attention,
+        trust_remote_code=config.student.trust_remote_code,
+    )
+    before = load_student(
+        config.student.path,
+        revision=config.student.revision,
+        from_scratch=config.student.from_scratch,
+        seed=config.seed,
+    )
+    students: dict[StudentName, PreTrainedModel] = {"before": before, "student": load_student(run.model)}
+    projectors = _load_projectors(run, config, machine.device)
+    return RunModels(config, load_tokenizer(run.model), load_teacher(config.teacher, machine), students, projectors)
+
+
+def compare_answers(models: RunModels, prompt: str) -> dict[str, str]:
+    """What each model of a run answers to one prompt, decoded as the run's evaluation does.
+
+    Args:
+        models: of the run.
+        prompt: as a person types it; the run's template is put around it.
+    Returns:
+        `prompt` and the answers of `before`, `student` and `teacher`, the form of a run's predictions.
+    Raises:
+        UserError: the prompt is empty or leaves no room for an answer.
+    """
+    if not prompt.strip():
+        raise UserError("the prompt is empty: type a question or a task")
+    written = prompt_renderer(models.config.data.template, models.tokenizer)(Question(prompt.strip()))
+    evaluation = models.config.evaluation
+    settings = GenerationSettings(
+        max_new_tokens=evaluation.max_new_tokens,
+        num_beams=evaluation.num_beams,
+        sampling_temperature=evaluation.sampling_temperature,
+        top_p=evaluation.top_p,
+        seed=models.config.seed,
+    )
+    asked = [*models.students.items(), ("teacher", models.teacher)]
+    answers = {name: generate_answers(model, models.tokenizer, [written], settings)[0].text for name, model in asked}
+    return {"prompt": prompt.strip(), **answers}
+
+
+def encode_answer(models: RunModels, prompt: str, answer: str) -> Batch:
+    """One answer to one prompt as a batch of training would hold it.
+
+    Args:
+        models: of the run, whose tokenizer, lengths and unit are taken.
+        prompt: as the models read it, template included.
+        answer: of the row.
+    Returns:
+        The batch of one row.
+    Raises:
+        UserError: nothing is left of the row after tokenising.
+    """
+    data, tokenizer = models.config.data, models.tokenizer
+    aligning = aligning_stage(models.config)
+    unit = aligning[1].objective.dtw.unit if aligning else "word"
+    row = Rows(Dataset.from_dict({"prompt": [prompt], "references": [[answer]]}), "answer", RowReport(1, 1, {}), "")
+    encoded = encode_rows(
+        row, tokenizer, max_length=data.max_length, max_prompt_length=data.max_prompt_length, unit=unit
+    )
+    assert tokenizer.pad_token_id is not None
+    return DistillCollator(tokenizer.pad_token_id)([encoded.dataset[0]])
+
+
+def aligning_stage(config: DistillConfig) -> tuple[int, DistillConfig] | None:
+    """Index and config of the first stage with a dtw term."""
+    stages = [stage_config(config, name) for name in config.stages]
+    return next(((i, s) for i, s in enumerate(stages) if s.objective.dtw.weight.largest > 0), None)
+
+
+def _load_projectors(run: RunFolder, config: DistillConfig, device: str) -> dict[StudentName, nn.Module]:
+    """The trained projector, and the one that training began with: its seed makes it again."""
+    aligning, file = aligning_stage(config), run.model / ADAPTERS_FILE
+    if aligning is None or not file.is_file():
+        return {}
+    index, stage = aligning
+    trained = load_file(file)
+    teacher_size, student_size = trained[f"{PROJECTOR}.weight"].shape
+    with preserved_rng_state():
+        seed_everything(config.seed + STAGE_SEED_STRIDE * index)
+        before, after = (Objective(stage.objective).build_adapters(student_size, teacher_size) for _ in range(2))
+    after.load_state_dict(trained)
+    return {"before": before[PROJECTOR].to(device), "student": after[PROJECTOR].to(device)}

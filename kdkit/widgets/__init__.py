@@ -1,0 +1,15 @@
+"""Sliders of the notebooks: each shows a static figure where nobody can move one."""
+
+from kdkit.widgets.alignment import alignment_explorer
+from kdkit.widgets.explorer import Control, Explorer, has_front_end
+from kdkit.widgets.temperature import temperature_explorer
+from kdkit.widgets.threshold import threshold_explorer
+
+__all__ = [
+    "Control",
+    "Explorer",
+    "alignment_explorer",
+    "has_front_end",
+    "temperature_explorer",
+    "threshold_explorer",
+]
