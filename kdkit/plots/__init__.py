@@ -7,6 +7,7 @@ so that none stays open.
 from kdkit.plots.alignment import plot_alignment
 from kdkit.plots.axes import METRICS, Row, figure_bytes
 from kdkit.plots.comparison import comparison_finding, intervals_over, plot_comparison
+from kdkit.plots.live import plot_live
 from kdkit.plots.rollout import plot_rollout
 from kdkit.plots.sweep import plot_sweep
 from kdkit.plots.temperature import TokenView, plot_temperature
@@ -23,6 +24,7 @@ __all__ = [
     "plot_alignment",
     "plot_comparison",
     "plot_evaluations",
+    "plot_live",
     "plot_rollout",
     "plot_sweep",
     "plot_temperature",

@@ -14,6 +14,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from kdkit.config import DistillConfig
 from kdkit.errors import UserError
 from kdkit.schedules import Schedule
 from kdkit.training.metrics import MetricsFile
@@ -24,6 +25,8 @@ from kdkit.training.stopping import StopRequest
 WEIGHTS = ("objective.kd.weight", "objective.lm.weight", "objective.dtw.weight")
 TEMPERATURE = "objective.kd.temperature"
 THRESHOLD = "rollout.threshold"
+CHANGEABLE_MODES = ("adaptive", "mixed")
+"""Of a rollout: where the threshold is more than on or off."""
 KIND = "change"
 """Of the log rows; each has the stage, the completed steps and the fields that changed."""
 _PLACE = ("kind", "stage", "step")
@@ -95,6 +98,11 @@ class Controls:
                 raise UserError(f"{field}={value:g} leaves every term without a weight: give another one first")
             self._wanted[field] = float(value)
 
+    def is_wanted(self, field: str) -> bool:
+        """Whether a field was asked to change, and has not been changed yet."""
+        with self._lock:
+            return field in self._wanted
+
     def pause(self) -> None:
         """Stand still before the next step."""
         self._going.clear()
@@ -134,6 +142,19 @@ class Controls:
         with self._lock:
             wanted, self._wanted = self._wanted, {}
         return replayed | wanted
+
+
+def initial_values(config: DistillConfig) -> dict[str, float]:
+    """What can be changed in a stage of this config, and what it is when the stage begins."""
+    threshold = config.rollout.start_threshold if config.rollout.mode in CHANGEABLE_MODES else None
+    return _values(Objective(config.objective), threshold, Moment(0, 1))
+
+
+def _values(objective: Objective, threshold: float | None, moment: Moment) -> dict[str, float]:
+    found = {f"objective.{term.name}.weight": term.weight(moment) for term in objective.terms}
+    if objective.kd in objective.terms:
+        found[TEMPERATURE] = objective.kd.temperature(moment)
+    return found if threshold is None else {**found, THRESHOLD: threshold}
 
 
 def needs_controls(stage: str, metrics: MetricsFile) -> bool:
@@ -177,13 +198,10 @@ class ChangeableStage:
 
     def values(self, step: int) -> dict[str, float]:
         """What can be changed, and what it is after so many completed steps."""
-        moment = Moment(step, self.num_steps)
-        found = {f"objective.{term.name}.weight": term.weight(moment) for term in self.objective.terms}
-        if self.objective.kd in self.objective.terms:
-            found[TEMPERATURE] = self.objective.kd.temperature(moment)
-        if self.rollout is not None and self.rollout.config.mode in ("adaptive", "mixed"):
-            found[THRESHOLD] = self.rollout.threshold.value
-        return found
+        threshold = None
+        if self.rollout is not None and self.rollout.config.mode in CHANGEABLE_MODES:
+            threshold = self.rollout.threshold.value
+        return _values(self.objective, threshold, Moment(step, self.num_steps))
 
     def take_up(self, step: int, *, accelerator: Accelerator) -> float:
         """Wait while there is a pause, then change what was asked for, in every process.

@@ -2,12 +2,14 @@
 
 from kdkit.widgets.alignment import alignment_explorer
 from kdkit.widgets.explorer import Control, Explorer, has_front_end
+from kdkit.widgets.live import LiveControls
 from kdkit.widgets.temperature import temperature_explorer
 from kdkit.widgets.threshold import threshold_explorer
 
 __all__ = [
     "Control",
     "Explorer",
+    "LiveControls",
     "alignment_explorer",
     "has_front_end",
     "temperature_explorer",

@@ -1,0 +1,218 @@
+"""LiveControls: what sliders, pause and stop do to a run in the background, and what is left where nobody is there."""
+
+import base64
+import time
+
+import numpy as np
+import pytest
+from IPython.display import DisplayHandle
+from safetensors.torch import load_file
+from tiny import make_pair, tiny_config
+
+from kdkit.errors import UserError
+from kdkit.plots import plot_live
+from kdkit.runtime import preflight
+from kdkit.session.place import Session
+from kdkit.training.controls import TEMPERATURE, THRESHOLD, Controls, read_changes
+from kdkit.training.metrics import MetricsFile
+from kdkit.training.run import run_distillation
+from kdkit.widgets import LiveControls, live
+
+KD, LM, DTW = (f"objective.{name}.weight" for name in ("kd", "lm", "dtw"))
+ROLLOUT = "rollout={mode: mixed, threshold: 0.5, max_new_tokens: 6, guard: null, collapse: null, capacity: 16}"
+SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return make_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def session():
+    return Session(preflight(), is_kaggle=False, is_batch=False, has_internet=False, hours=10_000)
+
+
+@pytest.fixture
+def config(pair):
+    return tiny_config(pair, ROLLOUT, max_steps=400, batch_size=2)
+
+
+@pytest.fixture(autouse=True)
+def shown(monkeypatch):
+    """What is displayed, and what it is updated to."""
+    bundles = []
+
+    class Handle(DisplayHandle):
+        def update(self, data, **kwargs):
+            bundles.append(data)
+
+    def display(data, **kwargs):
+        bundles.append(data)
+        return Handle("one")
+
+    monkeypatch.setattr(live, "display", display)
+    return bundles
+
+
+def until(condition):
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def rows(folder, kind):
+    return [row for row in MetricsFile(folder / "metrics.jsonl").rows() if row["kind"] == kind]
+
+
+def steps_of(folder):
+    return max((row["step"] for row in rows(folder, "train")), default=0)
+
+
+@pytest.fixture
+def started(config, session, tmp_path):
+    """A run in the background that has begun."""
+    controls = LiveControls(config, tmp_path / "run", session=session)
+    controls.start()
+    until(lambda: steps_of(controls.folder) > 2)
+    yield controls
+    controls.stop.ask("the end of the test")
+    controls.controls.go_on()
+    controls.wait(SECONDS)
+
+
+class TestSliders:
+    def test_there_is_one_for_each_thing_that_can_be_changed(self, started):
+        starts = {field: slider.value for field, slider in started.sliders.items()}
+        assert starts == {KD: 0.7, LM: 0.3, DTW: 0.5, TEMPERATURE: 2.0, THRESHOLD: 0.5}
+        assert not any(slider.continuous_update for slider in started.sliders.values())
+
+    def test_a_slider_acts_from_the_next_step_on_and_the_log_repeats_the_run(self, started, config, tmp_path):
+        before = steps_of(started.folder)
+        started.sliders[TEMPERATURE].value = 4.0
+        until(lambda: rows(started.folder, "change"))
+        started.stop_button.click()
+        assert started.wait(SECONDS) is None
+        (change,) = rows(started.folder, "change")
+        assert change["step"] >= before
+        for row in rows(started.folder, "train"):
+            assert row["kd_temperature"] == (4.0 if row["step"] > change["step"] else 2.0)
+        (saved,) = (started.folder / "stages" / "distill").glob("checkpoint-*")
+        num_steps = int(saved.name.removeprefix("checkpoint-"))
+        saving = config.checkpoint.model_copy(update={"every_steps": num_steps, "keep": 999})
+        replayed = run_distillation(
+            config.model_copy(update={"checkpoint": saving}),
+            tmp_path / "replayed",
+            controls=Controls(read_changes(started.folder / "metrics.jsonl")),
+        )
+        again = replayed.folder / "stages" / "distill" / saved.name / "model.safetensors"
+        ours, theirs = load_file(saved / "model.safetensors"), load_file(again)
+        assert all(np.array_equal(ours[name], theirs[name]) for name in ours | theirs)
+
+    def test_what_may_not_be_is_said_and_changes_nothing(self, started):
+        started.sliders[LM].value = 0.0
+        started.sliders[DTW].value = 0.0
+        started.sliders[KD].value = 0.0
+        assert "without a weight" in started.message.value
+        started.sliders[KD].value = 1.0
+        assert started.message.value == ""
+
+    def test_curves_are_drawn_while_it_trains(self, started):
+        until(lambda: started.picture.png)
+        assert "loss" in started.picture.alt
+        first = started.picture.png
+        until(lambda: started.picture.png != first)
+
+
+class TestPauseAndStop:
+    def test_pause_saves_and_stands_still(self, started):
+        started.pause_button.click()
+        until(lambda: "paused after step" in started.status.value)
+        stages = started.folder / "stages" / "distill"
+        until(lambda: list(stages.glob("checkpoint-*/complete.json")))
+        seen = steps_of(started.folder)
+        time.sleep(0.5)
+        assert steps_of(started.folder) == seen
+        assert started.pause_button.description == "Go on"
+        started.pause_button.click()
+        until(lambda: steps_of(started.folder) > seen)
+
+    def test_stop_saves_and_the_next_one_goes_on_in_the_same_folder(self, started, config, session):
+        started.stop_button.click()
+        assert started.wait(SECONDS) is None
+        assert "stopped by you" in started.status.value
+        assert all(slider.disabled for slider in started.sliders.values())
+        (saved,) = (started.folder / "stages" / "distill").glob("checkpoint-*")
+        second = LiveControls(config, started.folder, session=session)
+        second.start()
+        until(lambda: steps_of(second.folder) > int(saved.name.removeprefix("checkpoint-")))
+        second.stop_button.click()
+        second.wait(SECONDS)
+        steps = [row["step"] for row in rows(second.folder, "train")]
+        assert steps == list(range(1, len(steps) + 1))
+
+    def test_two_in_one_folder_are_refused(self, started, config, session):
+        second = LiveControls(config, started.folder, session=session)
+        with pytest.raises(UserError, match="is training in this notebook already"):
+            second.start()
+
+
+class TestTheEnd:
+    def test_a_finished_run_says_so_and_leaves_its_last_picture_in_the_notebook(self, pair, session, tmp_path, shown):
+        short = LiveControls(tiny_config(pair), tmp_path / "run", session=session)
+        short.start()
+        result = short.wait(SECONDS)
+        assert result is not None
+        assert "finished: ROUGE-L" in short.status.value
+        first, last = shown
+        assert "image/png" not in first
+        assert base64.b64decode(last["image/png"]) == short.picture.png != b""
+        assert "application/vnd.jupyter.widget-view+json" in last
+        assert "optimizer steps" in short.log.value  # the banner of the stage
+
+    def test_what_breaks_the_run_is_shown_in_its_place(self, config, session, tmp_path):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "mine.txt").touch()
+        broken = LiveControls(config, tmp_path / "run", session=session)
+        broken.start()
+        assert broken.wait(SECONDS) is None
+        assert "exists and is not empty" in broken.status.value
+
+    def test_without_a_person_it_trains_in_the_foreground_and_shows_the_picture(
+        self, pair, session, tmp_path, monkeypatch, shown
+    ):
+        monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+        alone = LiveControls(tiny_config(pair), tmp_path / "run", session=session)
+        alone.start()
+        assert alone.result is not None
+        assert [set(data) for data in shown] == [{"text/plain", "image/png"}]
+
+
+class TestConfig:
+    def test_without_a_time_of_its_own_it_saves_every_ten_minutes(self, pair, session, tmp_path):
+        assert LiveControls(tiny_config(pair), tmp_path, session=session).config.checkpoint.every_minutes == 10
+        own = tiny_config(pair, "checkpoint.every_steps=5")
+        assert LiveControls(own, tmp_path, session=session).config.checkpoint.every_minutes == 0
+
+
+class TestFigure:
+    @pytest.fixture
+    def logged(self):
+        train = {"kind": "train", "stage": "distill", "part/kd": 2.0, "weight/kd": 1.0}
+        steps = [
+            train | {"step": n, "loss": 3.0 - n / 10, "kd_temperature": 1.0 if n < 5 else 4.0} for n in range(1, 10)
+        ]
+        change = {"kind": "change", "stage": "distill", "step": 4, TEMPERATURE: 4.0}
+        return [*steps, change, {"kind": "eval", "stage": "distill", "step": 9, "rouge_l": 31.0}]
+
+    def test_its_title_says_what_was_turned_and_from_when_on(self, logged):
+        assert plot_live(logged).get_suptitle() == "step 9: loss 2.1; temperature 4 from step 5 on"
+
+    def test_a_line_marks_the_change_in_every_panel(self, logged):
+        for axes in plot_live(logged).axes:
+            assert 4 in [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"]
+
+    def test_without_a_training_row_there_is_nothing_to_draw(self):
+        with pytest.raises(UserError, match="nothing to draw"):
+            plot_live([])
