@@ -254,11 +254,16 @@ class TestPause:
 
 class TestClock:
     def test_a_run_stops_at_the_end_of_its_time_and_goes_on_to_the_same_weights(self, config, tmp_path):
+        stop = StopRequest(deadline=float("inf"))
+
+        class Strike(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                stop.deadline = time.monotonic()
+
         with pytest.raises(Interrupted, match="end of its time"):
-            run_distillation(config, tmp_path / "run", stop=StopRequest(deadline=time.monotonic()))
-        assert [path.name for path in (tmp_path / "run" / "stages" / "distill").glob("checkpoint-*")] == [
-            "checkpoint-1"
-        ]
+            run_distillation(config, tmp_path / "run", stop=stop, callbacks=[Strike()])
+        saved = (tmp_path / "run" / "stages" / "distill").glob("checkpoint-*")
+        assert [path.name for path in saved] == ["checkpoint-1"]
         resumed = run_distillation(config, tmp_path / "run", resume=True)
         assert_same_weights(resumed, run_distillation(config, tmp_path / "plain"))
 

@@ -80,8 +80,8 @@ def begin(*, hours: float = BUDGET_HOURS) -> Session:
         UserError: a package cannot be had, or the card cannot run this build of torch; the message has the remedy.
     """
     kind = os.environ.get("KAGGLE_KERNEL_RUN_TYPE")
-    if hours < 0:
-        raise UserError(f"a session of {hours:g} hours: give 0 or more; 0 stops after the first step")
+    if hours <= 0:
+        raise UserError(f"a session of {hours:g} hours trains nothing: give more than 0; Kaggle allows 12")
     if kind is not None:
         _use_scratch()
         _use_secret()

@@ -50,8 +50,8 @@ def start_or_resume(
         with redirect_stderr(sys.stdout), session.stop_request().on_signals() as stop:
             return run_distillation(config, folder, resume=begun, stop=stop, callbacks=[TimeNote(session)])
     except Interrupted as interrupted:
-        print(f"{interrupted.reason}: the last step is saved in {folder}. {how_to_go_on(session)}")
-        if not session.is_batch or session.hours_left > 0:
+        print(f"stopped by {interrupted.reason}: the last step is saved in {folder}. {how_to_go_on(session)}")
+        if not session.is_batch:
             raise
         skip_the_rest()
         return None
