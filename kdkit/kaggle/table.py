@@ -159,17 +159,19 @@ class Table(Part):
         return known[slug]
 
 
-def checkout_folder() -> Path:
-    """The checkout that kdkit is imported from.
+def checkout_folder(given: Path | None = None) -> Path:
+    """The checkout whose notebooks are meant.
 
+    Args:
+        given: where it is; None: where kdkit is imported from.
     Raises:
-        UserError: kdkit was installed from a wheel, which carries no notebooks.
+        UserError: there is none, as where kdkit was installed from a wheel, which carries no notebooks.
     """
-    root = Path(str(files("kdkit"))).parent
+    root = given or Path(str(files("kdkit"))).parent
     if not (root / TABLE_FILE).is_file():
         raise UserError(
-            f"`kdkit kaggle` needs a checkout: there is no {TABLE_FILE} in {root}. "
-            "Clone kdkit and install it with: pip install --no-deps --editable ."
+            f"`kdkit kaggle` needs a checkout of kdkit, and there is no {TABLE_FILE} in {root}: "
+            "name one with `kdkit kaggle --checkout DIR`"
         )
     return root
 
