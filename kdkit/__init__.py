@@ -13,6 +13,7 @@ The map, in the order in which a run uses it:
     plots       figures from plain rows;  report: one HTML page per run
     inspection  a finished run's models on one prompt, and how they align;  notebook: what notebooks call
     runtime     what this machine can do;  loading: models and tokenizers, dtype always explicit
+    kaggle      from a checkout to its notebooks on Kaggle
 
 Importing `kdkit` loads none of them: the names below are resolved on first use.
 """

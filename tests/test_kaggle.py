@@ -239,10 +239,14 @@ def run_client(server, home, folder, *arguments):
     )
 
 
-def run_push(server, root, *slugs, **options):
-    command = [sys.executable, "-m", "kdkit", "kaggle", "--checkout", str(root), "push", *slugs]
-    environment = server.environment(root.parent, **options)
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+@pytest.fixture
+def push_here(server, rendered, kdkit, monkeypatch, tmp_path):
+    """`kdkit kaggle push` in this process, where the real client talks to the loopback server."""
+    for name, value in server.environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    client = pytest.importorskip("kaggle.api.kaggle_api_extended")
+    monkeypatch.setattr(client.KaggleApi, "args", ["--local"])
+    return lambda *slugs: kdkit("kaggle", "--checkout", rendered, "push", *slugs)
 
 
 REFUSALS = {
@@ -278,47 +282,65 @@ class TestPush:
             "datasetDataSources": ["somebody/kdkit-wheels"],
         }
 
-    def test_the_whole_notebook_is_sent(self, rendered, server):
-        assert run_push(server, rendered, *SLUGS).returncode == 0
+    def test_the_whole_notebook_is_sent_and_its_version_said(self, push_here, server):
+        code, out, err = push_here(*SLUGS)
+        assert code == 0, err
+        assert out.splitlines() == [f"{slug}: version 3 runs at https://kaggle.test/code/x" for slug in SLUGS]
         for sent, kernel in zip(server.sent("SaveKernel"), TABLE.kernels, strict=True):
             ours = nbformat.read(ROOT / "notebooks" / kernel.notebook, as_version=4)
             theirs = nbformat.reads(sent["text"], as_version=4)
             assert [(c.cell_type, c.source) for c in theirs.cells] == [(c.cell_type, c.source) for c in ours.cells]
             assert theirs.metadata.kernelspec.name == "python3"
 
-    def test_it_says_the_version_and_where_it_runs(self, rendered, server):
-        done = run_push(server, rendered, FIRST)
-        assert (done.returncode, done.stdout) == (0, f"{FIRST}: version 3 runs at https://kaggle.test/code/x\n")
-
-    @pytest.mark.parametrize(("answer", "message"), REFUSALS.values(), ids=REFUSALS)
+    @pytest.mark.parametrize("name", ["refused", "no dataset"])
     def test_the_client_exits_0_where_the_server_refuses_or_drops_and_we_do_not(
-        self, rendered, server, tmp_path, answer, message
+        self, push_here, rendered, server, tmp_path, name
     ):
+        answer, message = REFUSALS[name]
         server.answers["SaveKernel"] = (200, answer)
         assert run_client(server, tmp_path, rendered / "kaggle", "kernels", "push").returncode == 0
-        done = run_push(server, rendered, FIRST)
-        assert (done.returncode, done.stdout) == (1, "")
-        assert message in done.stderr
-        assert f"logged in as {ACCOUNT}" in done.stderr
+        code, out, err = push_here(FIRST)
+        assert (code, out) == (1, "")
+        assert message in err
+        assert f"logged in as {ACCOUNT}" in err
 
-    def test_an_http_error_is_one_message(self, rendered, server):
+    def test_an_http_error_is_one_message(self, push_here, server):
         server.answers["SaveKernel"] = (403, {"code": 403, "message": "Permission denied"})
-        done = run_push(server, rendered, FIRST)
-        assert done.returncode == 1
-        assert "Permission denied" in done.stderr
-        assert "Traceback" not in done.stderr
+        code, _, err = push_here(FIRST)
+        assert code == 1
+        assert "Permission denied" in err
 
-    def test_nobody_logged_in_is_one_message(self, rendered, server):
-        done = run_push(server, rendered, FIRST, logged_in=False)
-        assert done.returncode == 2
+    def test_a_server_out_of_reach_is_one_message(self, push_here, monkeypatch):
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+        code, _, err = push_here(FIRST)
+        assert code == 1
+        assert "nothing is pushed from" in err
+
+    def test_nobody_logged_in_is_one_message_of_the_process(self, rendered, server, tmp_path):
+        command = [sys.executable, "-m", "kdkit", "kaggle", "--checkout", rendered, "push", FIRST]
+        environment = server.environment(tmp_path, logged_in=False)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
         assert "kaggle auth login" in done.stderr
         assert server.requests == []
 
-    def test_the_answer_is_read_field_by_field(self):
-        answers = pytest.importorskip("kagglesdk.kernels.types.kernels_api_service")
-        assert {name for name in dir(answers.ApiSaveKernelResponse()) if name.startswith("invalid_")} == set(
-            push.DROPPED
-        )
+
+def server_answer(fields):
+    return pytest.importorskip("kagglesdk.kernels.types.kernels_api_service").ApiSaveKernelResponse.from_dict(fields)
+
+
+class TestFaultsOf:
+    @pytest.mark.parametrize(("fields", "message"), REFUSALS.values(), ids=REFUSALS)
+    def test_each_way_in_which_the_server_saves_less_than_was_sent(self, fields, message):
+        (fault,) = push.faults_of(server_answer(fields))
+        assert message in fault
+
+    def test_a_saved_version_has_none(self):
+        assert list(push.faults_of(server_answer({"versionNumber": 3, "invalidTags": [], "error": ""}))) == []
+
+    def test_every_list_of_dropped_things_is_read(self):
+        fields = {name for name in dir(server_answer({})) if name.startswith("invalid_")}
+        assert fields == set(push.DROPPED)
 
 
 class TestBeforeAPush:
@@ -367,7 +389,8 @@ class TestBeforeAPush:
 
     def test_without_the_client(self, monkeypatch, rendered):
         """`import kaggle` alone would find the folder kaggle/ of a checkout."""
-        monkeypatch.setitem(sys.modules, "kaggle", None)
+        for name in ("kaggle", "kaggle.api.kaggle_api_extended"):
+            monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(UserError, match=re.escape("pip install 'kdkit[kaggle]'")):
             push.push_kernel(rendered / "kaggle")
 
@@ -525,10 +548,12 @@ class TestWheelhouse:
         python = tmp_path / "venv" / "bin" / "python"
         install = [python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--find-links", folder]
         subprocess.run([*install, *sorted(names)], check=True)
-        done = subprocess.run(
-            [python, "-m", "kdkit", "--version"], cwd=tmp_path, capture_output=True, text=True, check=True
-        )
-        assert done.stdout == "kdkit, version 0.1.0\n"
-        imported = "import kdkit, idna, httpcore2, safetensors, tokenizers; print(kdkit.__file__)"
-        done = subprocess.run([python, "-c", imported], cwd=tmp_path, capture_output=True, text=True, check=True)
-        assert Path(done.stdout.strip()).is_relative_to(tmp_path / "venv")
+        said = [
+            subprocess.run([python, "-I", *line], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+            for line in (
+                ["-m", "kdkit", "--version"],
+                ["-c", "import kdkit, tokenizers, safetensors, hf_xet; print(kdkit.__file__)"],
+            )
+        ]
+        assert said[0] == "kdkit, version 0.1.0\n"
+        assert Path(said[1].strip()).is_relative_to(tmp_path / "venv")

@@ -56,5 +56,7 @@ def wheels(checkout: Path | None, output: Path | None) -> None:
     from kdkit.kaggle.wheelhouse import build_wheelhouse
 
     root = table.checkout_folder(checkout)
-    for path in build_wheelhouse(root, table.read_table(root), output or root / kernels.DATASET_FOLDER):
+    listed = table.read_table(root)
+    click.echo("building kdkit's wheel and fetching the others: about half a minute", err=True)
+    for path in build_wheelhouse(root, listed, output or root / kernels.DATASET_FOLDER):
         click.echo(path)
