@@ -1,4 +1,4 @@
-# make demo | test | lint | bench: each sets up .venv on first use.
+# make demo | test | lint | bench | kaggle: each sets up .venv on first use.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Tiny models gain nothing from a second thread, and two test processes fill two cores.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench kaggle owner clean
 
 $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -33,6 +33,12 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only --benchmark-sort=name
+
+kaggle: owner $(STAMP)
+	$(BIN)/kdkit kaggle render --owner "$(OWNER)" $(addprefix --resume ,$(RESUME))
+
+owner:
+	@test -n "$(OWNER)" || { echo "name the Kaggle account: make kaggle OWNER=name"; exit 2; }
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

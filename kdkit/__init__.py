@@ -14,6 +14,7 @@ The map, in the order in which a run uses it:
     inspection  a finished run's models on one prompt, and how they align;  notebook: what notebooks call
     widgets     sliders over the above, with a static figure where nobody can move one
     runtime     what this machine can do;  loading: models and tokenizers, dtype always explicit
+    kaggle      from a checkout to its notebooks on Kaggle
 
 Importing `kdkit` loads none of them: the names below are resolved on first use.
 """

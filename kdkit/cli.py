@@ -13,6 +13,7 @@ import click
 
 from kdkit import __version__
 from kdkit.errors import RunFailed, UserError
+from kdkit.kaggle.commands import kaggle
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -190,6 +191,9 @@ def sweep(
             f"{run.name}: {result.failures[run.folder]}" for run in runs if run.folder in result.failures
         )
         raise RunFailed(f"{len(result.failures)} of {len(runs)} runs failed:\n  {named}")
+
+
+cli.add_command(kaggle)
 
 
 def main() -> None:

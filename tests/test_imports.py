@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "kdkit"
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("demo", "inspection", "notebook", "session", "widgets"),
+    ("demo", "inspection", "kaggle", "notebook", "session", "widgets"),
     (
         "training",
         "training.answers",
