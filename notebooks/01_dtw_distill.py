@@ -28,80 +28,68 @@
 # five minutes. One setting makes it GPT-2 XL → GPT-2 on a GPU.
 
 # %% [markdown]
-# ## Install and versions
+# ## Install, and what machine this is
 #
-# Nothing happens where `kdkit` is installed. On Kaggle it comes from an attached dataset of wheels,
-# and `rouge-score` from there or from PyPI; torch, numpy and ipywidgets stay as the image has them.
+# `kdkit` comes from an attached dataset of wheels, or from the checkout that this notebook lies in.
+# `begin` installs what else is missing, from attached wheels or from PyPI, and leaves torch, numpy and
+# ipywidgets as they are. On Kaggle it sends downloads to scratch and takes the hub's token from the
+# secret `HF_TOKEN`. Where a card is visible that this build of torch has no kernels for, it stops here
+# and says what to install.
 
 # %%
 import importlib
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-ELSEWHERE = {"kdkit": "..", "rouge_score": "rouge-score"}  # where no wheel is attached: this checkout, PyPI
-lacking = {name: place for name, place in ELSEWHERE.items() if find_spec(name) is None}
-if lacking:
-    wheels = {name: sorted(Path("/kaggle/input").rglob(f"{name}-*.whl")) for name in lacking}
-    places = [str([place, *wheels[name]][-1]) for name, place in lacking.items()]
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *places], check=True)
+if find_spec("kdkit") is None:
+    wheels = sorted(Path(os.environ.get("KDKIT_INPUTS", "/kaggle/input")).rglob("kdkit-*.whl"))
+    if not wheels and not Path("../pyproject.toml").is_file():
+        raise ModuleNotFoundError("kdkit is not here: attach the dataset of its wheels under Input, and run this again")
+    place = str(wheels[-1]) if wheels else ".."
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", place], check=True)
     importlib.invalidate_caches()
 
 # %% [markdown]
-# What a result was made with belongs to the result:
+# Training stops after so many hours, saves, and says how to go on in another session; Kaggle ends one
+# after 12.
 
 # %%
-from kdkit.runtime import environment
+from kdkit.session import begin
 
-versions = environment()
-print(", ".join(f"{name} {versions[name]}" for name in ("kdkit", "python", "torch", "transformers", "datasets")))
+session = begin(hours=float(os.environ.get("KDKIT_HOURS", "11")))
 
 # %% [markdown]
 # ## Settings
 #
-# The only cell to change. `PAIR` is a preset: `demo` is the embedded pair, `gpt2-dolly` is GPT-2 XL →
-# GPT-2 on Dolly and needs internet and a GPU of about 16 GB. Another pair of one tokenizer goes into
-# `CHANGES`, which takes what `kdkit distill --set` takes.
+# The only cell to change. `PAIR` is a preset: `demo` is the embedded pair, for a CPU; `gpt2-dolly` is
+# GPT-2 XL → GPT-2 on Dolly, for a card of about 16 GB and the internet (or both models and the rows
+# attached). Another pair of one tokenizer goes into `CHANGES`, which takes what `kdkit distill --set`
+# takes. With two cards the teacher has the second one to itself.
 #
-# `SIZE` is a budget for the GPT-2 pair on one T4, planned at about a second a step with room to
-# spare. The embedded pair on a CPU stays far below it, and below five minutes at the smallest.
+# `SIZE` is a budget for the GPT-2 pair on a T4, planned at about a second a step with room to spare.
+# The embedded pair on a CPU stays far below it, and below five minutes at the smallest.
 #
 # Stopping a cell saves the last step; **running the notebook again goes on from there**. On Kaggle,
 # attach the output of the stopped version first.
 
 # %% tags=["parameters"]
-import os
-
-PAIR = "demo"  # or "gpt2-dolly"
+PAIR = "gpt2-dolly" if session.suits_large_models else "demo"
 SIZE = os.environ.get("KDKIT_SIZE", "10 minutes")  # or "1 hour", "11 hours"
-CHANGES = []  # such as ["teacher.path=Qwen/Qwen2.5-1.5B", "student.path=Qwen/Qwen2.5-0.5B"]
+CHANGES = ["teacher.device=cuda:1"] if session.machine.num_devices > 1 else []
+HUB = None  # "you/student": also push the student there, as a private repository
 RESUME = True  # False refuses a folder in which there is a run
 RUN = Path("runs") / f"01_dtw_distill-{PAIR}-{SIZE.replace(' ', '-')}"
 
-LONG = {"logging": {"every_steps": 100}, "checkpoint": {"every_steps": 500}}
+LONG = {"logging": {"every_steps": 100}, "checkpoint": {"every_minutes": 15}}
 SIZES = {
     "smoke": {"optim": {"max_steps": 3}, "data": {"test_rows": 6}, "evaluation": {"max_new_tokens": 8}},
     "10 minutes": {"optim": {"max_steps": 200}, "data": {"test_rows": 150, "validation_rows": 200}},
     "1 hour": {"optim": {"max_steps": 2_000}, "data": {"train_rows": None}, **LONG},
     "11 hours": {"optim": {"max_steps": 24_000}, "data": {"train_rows": None}, **LONG},
 }
-
-# %% [markdown]
-# ## Machine check
-#
-# A card that is visible may still have no kernels in this build of torch: one small operation tells
-# before anything long begins.
-
-# %%
-from kdkit.runtime import GIB, preflight, usable_dtype
-
-machine = preflight()
-memory_gib = machine.total_memory_bytes / GIB
-print(f"{machine.num_devices} x {machine.device} ({machine.name}), {memory_gib:.1f} GiB")
-print("half precision:", usable_dtype(machine.device, machine.capability).reason)
-if machine.problem:
-    print(f"{machine.problem}\n-> {machine.remedy}")
 
 # %% [markdown]
 # ## The two runs
@@ -130,9 +118,9 @@ after_config = load_config({"preset": [PAIR, "fkl-dtw"], **SIZES[SIZE]}, [*CHANG
 from kdkit.data import load_rows
 from kdkit.evaluation import generate_answers
 from kdkit.loading import describe_model, load_teacher, load_tokenizer
-from kdkit.notebook import AnswersTable, ask_models, show, start_or_resume
+from kdkit.notebook import AnswersTable
 
-teacher = load_teacher(after_config.teacher, machine)
+teacher = load_teacher(after_config.teacher, session.machine)
 tokenizer = load_tokenizer(after_config.teacher.path)
 about = describe_model(teacher)
 print(f"{about.architecture}: {about.num_parameters:,} parameters, {about.dtype} on {about.device}")
@@ -143,21 +131,21 @@ AnswersTable([{**row, "teacher": answer.text} for row, answer in zip(rows.datase
 
 # %% [markdown]
 # ### Before: the labels alone
+#
+# A line every ten seconds at most: the loss, its parts before their weights, and the time left.
 
 # %%
-before = start_or_resume(before_config, RUN / "before", resume=RESUME)
+from kdkit.session.runs import start_or_resume
+
+before = start_or_resume(before_config, RUN / "before", session=session, resume=RESUME)
 
 # %% [markdown]
 # ### After: the teacher's distributions and its hidden states
 #
-# A line every ten seconds at most: the loss, its parts before their weights (`kd` in nats per token,
-# `dtw` per answer), and the time left.
+# `kd` is in nats per token, `dtw` per answer.
 
 # %%
-from kdkit.report import write_run_report
-
-after = start_or_resume(after_config, RUN / "after", resume=RESUME)
-print(f"student: {after.model}\nreport: {write_run_report(after.folder)}")
+after = start_or_resume(after_config, RUN / "after", session=session, resume=RESUME)
 
 # %% [markdown]
 # ## Did it learn what it was asked to?
@@ -165,8 +153,12 @@ print(f"student: {after.model}\nreport: {write_run_report(after.folder)}")
 # Both parts should fall. If one stays where it was, its weight or its learning rate is wrong.
 
 # %%
+from kdkit.notebook import ask_models, hand_over, show
 from kdkit.plots import plot_alignment, plot_comparison, plot_training
+from kdkit.report import write_run_report
 from kdkit.training.folder import RunFolder
+
+print(f"student: {after.model}\nreport: {write_run_report(after.folder)}")
 
 logged = [row for row in RunFolder(after.folder).metrics.rows() if row["kind"] == "train"]
 show(plot_training(logged))
@@ -225,6 +217,27 @@ title = f"The teacher's own wording: {other.finding}"
 show(plot_alignment(other.matrix, other.student_units, other.teacher_units, title=title), size="narrow")
 
 # %% [markdown]
+# ## Two sliders: γ and the band
+#
+# γ smooths the minimum over alignments: small, and the alignment is one path; large, and it is a cloud.
+# The band forbids pairs of words far from the diagonal.
+
+# %%
+from kdkit.widgets import LiveControls, alignment_explorer, temperature_explorer
+
+alignment_explorer(models, prompt, reference, teacher_answer=own_words)
+
+# %% [markdown]
+# ## A slider: temperature
+#
+# What teacher and student expect next, at each position of the same answer, and what a loss makes of
+# it. A higher temperature shows more of what the teacher finds unlikely, and shrinks the gradient by
+# about T²; `temperature_scaling=square` multiplies by T² to make up for it.
+
+# %%
+temperature_explorer(models, [example])
+
+# %% [markdown]
 # ## Answers side by side
 
 # %%
@@ -240,6 +253,34 @@ AnswersTable(after.predictions[:6])
 PROMPT = 'Say no politely, because you are at work.\nMessage from Nora: "Would you come to our tea party on Friday?"'
 
 box = ask_models(models, PROMPT)
+
+# %% [markdown]
+# ## Take the student with you
+
+# %%
+hand_over(after.model, hub=HUB)
+
+# %% [markdown]
+# ## Turn the knobs while it trains
+#
+# A third run from the same start as "after" trains in the background; half a minute on a CPU with the
+# embedded pair. Its sliders act from the next step on: temperature, the weights of the terms, and the
+# threshold φ, the share of batches that the student writes itself. Every change is in the run's
+# `metrics.jsonl` with its step: `kdkit distill runs/…/live/config.yaml --replay runs/…/live/metrics.jsonl`
+# repeats the run, bit for bit on a CPU.
+#
+# Where nobody can move a slider, it trains here and shows the curves.
+
+# %%
+steps = max(SIZES[SIZE]["optim"]["max_steps"] // 2, 2)
+own_text = {"mode": "mixed", "threshold": 0.3, "capacity": 50, "collapse": None}
+looks = [f"optim.max_steps={steps}", "logging.every_steps=2", f"evaluation.every_steps={max(steps // 5, 1)}"]
+live_config = load_config(
+    {"preset": [PAIR, "fkl-dtw"], **SIZES[SIZE], "rollout": own_text},
+    [*CHANGES, *from_before, *looks, "evaluation.generate_rows=30", "evaluation.teacher=false"],
+)
+live = LiveControls(live_config, RUN / "live", session=session)
+live.start()
 
 # %% [markdown]
 # ## What this did not show

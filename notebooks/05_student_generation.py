@@ -29,72 +29,59 @@
 # five minutes.
 
 # %% [markdown]
-# ## Install and versions
+# ## Install, and what machine this is
 #
-# Nothing happens where `kdkit` is installed. On Kaggle it comes from an attached dataset of wheels,
-# and `rouge-score` from there or from PyPI; torch, numpy and ipywidgets stay as the image has them.
+# `kdkit` comes from an attached dataset of wheels, or from the checkout that this notebook lies in.
+# `begin` installs what else is missing, from attached wheels or from PyPI, and leaves torch, numpy and
+# ipywidgets as they are. On Kaggle it sends downloads to scratch and takes the hub's token from the
+# secret `HF_TOKEN`. Where a card is visible that this build of torch has no kernels for, it stops here
+# and says what to install.
 
 # %%
 import importlib
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-ELSEWHERE = {"kdkit": "..", "rouge_score": "rouge-score"}  # where no wheel is attached: this checkout, PyPI
-lacking = {name: place for name, place in ELSEWHERE.items() if find_spec(name) is None}
-if lacking:
-    wheels = {name: sorted(Path("/kaggle/input").rglob(f"{name}-*.whl")) for name in lacking}
-    places = [str([place, *wheels[name]][-1]) for name, place in lacking.items()]
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *places], check=True)
+if find_spec("kdkit") is None:
+    wheels = sorted(Path(os.environ.get("KDKIT_INPUTS", "/kaggle/input")).rglob("kdkit-*.whl"))
+    if not wheels and not Path("../pyproject.toml").is_file():
+        raise ModuleNotFoundError("kdkit is not here: attach the dataset of its wheels under Input, and run this again")
+    place = str(wheels[-1]) if wheels else ".."
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", place], check=True)
     importlib.invalidate_caches()
 
 # %% [markdown]
-# What a result was made with belongs to the result:
+# Training stops after so many hours, saves, and says how to go on in another session; Kaggle ends one
+# after 12.
 
 # %%
-from kdkit.runtime import environment
+from kdkit.session import begin
 
-versions = environment()
-print(", ".join(f"{name} {versions[name]}" for name in ("kdkit", "python", "torch", "transformers", "datasets")))
+session = begin(hours=float(os.environ.get("KDKIT_HOURS", "11")))
 
 # %% [markdown]
 # ## Settings
 #
 # The only cell to change. `THRESHOLD` is DistiLLM's φ: the share of batches that are the student's own
 # text, fresh or from the replay buffer. `SIZE` sets the optimizer steps: `start` of them supervised,
-# to get a weak student, then `arm` of them in each of three ways.
+# to get a weak student, then `arm` of them in each of three ways. With two cards the teacher has the
+# second one to itself.
 #
 # Running the notebook again goes on where it stopped.
 
 # %% tags=["parameters"]
-import os
-
-PAIR = "demo"  # or "gpt2-dolly": internet and a GPU of about 16 GB
+PAIR = "gpt2-dolly" if session.suits_large_models else "demo"
 SIZE = os.environ.get("KDKIT_SIZE", "5 minutes")  # or "1 hour"
 THRESHOLD = 0.8
-CHANGES = []  # what `kdkit distill --set` takes
+CHANGES = ["teacher.device=cuda:1"] if session.machine.num_devices > 1 else []  # what `kdkit distill --set` takes
 RUN = Path("runs") / f"05_student_generation-{PAIR}-{SIZE.replace(' ', '-')}"
 
 STEPS = {"smoke": {"start": 3, "arm": 4}, "5 minutes": {"start": 60, "arm": 120}, "1 hour": {"start": 300, "arm": 1500}}
 NUM_STEPS = STEPS[SIZE]
 TEST_ROWS = {"smoke": 6, "5 minutes": 150, "1 hour": 500}[SIZE]
-
-# %% [markdown]
-# ## Machine check
-#
-# A card that is visible may still have no kernels in this build of torch: one small operation tells
-# before anything long begins.
-
-# %%
-from kdkit.runtime import GIB, preflight, usable_dtype
-
-machine = preflight()
-memory_gib = machine.total_memory_bytes / GIB
-print(f"{machine.num_devices} x {machine.device} ({machine.name}), {memory_gib:.1f} GiB")
-print("half precision:", usable_dtype(machine.device, machine.capability).reason)
-if machine.problem:
-    print(f"{machine.problem}\n-> {machine.remedy}")
 
 # %% [markdown]
 # ## A weak start
@@ -104,13 +91,13 @@ if machine.problem:
 
 # %%
 from kdkit.config import load_config
-from kdkit.notebook import show, start_or_resume
+from kdkit.session.runs import start_or_resume
 
 COMMON = [f"data.test_rows={TEST_ROWS}", "evaluation.teacher=false", "evaluation.before=false", *CHANGES]
 start_config = load_config(
     {"preset": [PAIR, "sft"], "optim": {"max_steps": NUM_STEPS["start"]}}, [*COMMON, "evaluation.generate_rows=50"]
 )
-start = start_or_resume(start_config, RUN / "start")
+start = start_or_resume(start_config, RUN / "start", session=session)
 
 # %% [markdown]
 # ## Three ways on
@@ -134,12 +121,13 @@ results = {}
 for name, rollout in ARMS.items():
     tree = {"preset": [PAIR, "fkl"], "optim": {"max_steps": NUM_STEPS["arm"]}, "rollout": rollout}
     config = load_config(tree, [*COMMON, *from_start, "evaluation.generate_rows=50", "logging.every_steps=5"])
-    results[name] = start_or_resume(config, RUN / name)
+    results[name] = start_or_resume(config, RUN / name, session=session)
 
 # %% [markdown]
 # ## What came out
 
 # %%
+from kdkit.notebook import show
 from kdkit.plots import plot_comparison, plot_rollout
 from kdkit.report import comparison_table
 
