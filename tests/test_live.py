@@ -76,6 +76,7 @@ def started(config, session, tmp_path):
     controls = LiveControls(config, tmp_path / "run", session=session)
     controls.start()
     until(lambda: steps_of(controls.folder) > 2)
+    assert not any(slider.disabled for slider in controls.sliders.values())
     yield controls
     controls.stop.ask("the end of the test")
     controls.controls.go_on()
@@ -87,6 +88,11 @@ class TestSliders:
         starts = {field: slider.value for field, slider in started.sliders.items()}
         assert starts == {KD: 0.7, LM: 0.3, DTW: 0.5, TEMPERATURE: 2.0, THRESHOLD: 0.5}
         assert not any(slider.continuous_update for slider in started.sliders.values())
+
+    def test_they_wait_for_the_stage_to_begin(self, config, session, tmp_path):
+        """A slider moved before that was refused, and stood where the run was not."""
+        waiting = LiveControls(config, tmp_path / "run", session=session)
+        assert all(slider.disabled for slider in waiting.sliders.values())
 
     def test_a_slider_acts_from_the_next_step_on_and_the_log_repeats_the_run(self, started, config, tmp_path):
         before = steps_of(started.folder)

@@ -1,16 +1,19 @@
-"""What notebooks call: runs that go on, figures, answers side by side, and the box for a prompt."""
+"""What notebooks call: figures, answers side by side, the box for a prompt, and the student handed over."""
 
 import base64
-import json
+from pathlib import Path
+from types import SimpleNamespace
+from zipfile import ZipFile
 
 import pytest
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from matplotlib.figure import Figure
 from tiny import make_pair, tiny_config
 
 from kdkit import notebook
 from kdkit.errors import UserError
 from kdkit.inspection import load_run_models
-from kdkit.notebook import AnswersTable, ask_models, show, start_or_resume
+from kdkit.notebook import AnswersTable, ask_models, hand_over, show
 from kdkit.training.run import run_distillation
 
 OBJECTIVE = {"kd": {"weight": 1.0}, "dtw": {"weight": 0.5, "band": 4}}
@@ -42,49 +45,6 @@ def shown(monkeypatch):
     objects = []
     monkeypatch.setattr(notebook, "display", objects.append)
     return objects
-
-
-class TestStartOrResume:
-    def test_the_second_time_nothing_is_trained_again(self, config, tmp_path, capsys):
-        first = start_or_resume(config, tmp_path / "run")
-        said = capsys.readouterr()
-        assert "1 optimizer steps" in said.out
-        assert said.err == ""
-        metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-        second = start_or_resume(config, tmp_path / "run")
-        assert "optimizer steps" not in capsys.readouterr().out
-        assert second.evaluations == first.evaluations
-        assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
-
-    def test_without_resume_a_folder_that_holds_a_run_is_refused(self, config, finished):
-        with pytest.raises(UserError, match="is not empty"):
-            start_or_resume(config, finished.folder, resume=False)
-
-    def test_a_run_in_an_attached_output_goes_on(self, config, finished, tmp_path, capsys):
-        attached = tmp_path / "input" / "notebooks" / "someone" / "slug"
-        attached.mkdir(parents=True)
-        (attached / "demo").symlink_to(finished.folder.parent)
-        again = start_or_resume(config, tmp_path / "demo" / "after", inputs=attached.parent.parent.parent)
-        said = capsys.readouterr().out
-        assert "continuing " in said
-        assert "optimizer steps" not in said
-        assert again.evaluations == finished.evaluations
-        assert again.folder == tmp_path / "demo" / "after"
-        assert not list(again.folder.parent.glob("*.partial"))
-
-    def test_an_attached_run_of_another_name_is_left_alone(self, config, finished, tmp_path):
-        start_or_resume(config, tmp_path / "other" / "after", inputs=finished.folder.parent.parent)
-        rows = [json.loads(line) for line in (tmp_path / "other" / "after" / "metrics.jsonl").read_text().splitlines()]
-        assert rows != [json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()]
-
-    def test_two_attached_outputs_need_a_choice(self, config, tmp_path):
-        for slug in ("one", "two"):
-            run = tmp_path / "input" / slug / "demo" / "after"
-            run.mkdir(parents=True)
-            (run / "config.yaml").touch()
-        with pytest.raises(UserError, match="2 attached outputs"):
-            start_or_resume(config, tmp_path / "demo" / "after", inputs=tmp_path / "input")
-        assert not (tmp_path / "demo").exists()
 
 
 class TestShow:
@@ -154,3 +114,53 @@ class TestAskModels:
         monkeypatch.setattr(notebook, "has_front_end", lambda: False)
         assert ask_models(models, "Say hello.") is None
         assert len(shown) == 1
+
+
+class TestHandOver:
+    @pytest.fixture
+    def model(self, tmp_path):
+        folder = tmp_path / "after" / "model"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        return folder
+
+    @pytest.fixture
+    def hub(self, monkeypatch):
+        """What the hub is asked to do."""
+        asked = []
+        monkeypatch.setattr(
+            notebook, "create_repo", lambda name, **kwargs: asked.append((name, kwargs)) or f"hub/{name}"
+        )
+        monkeypatch.setattr(notebook, "upload_folder", lambda **kwargs: asked.append(kwargs))
+        return asked
+
+    def test_a_link_leads_to_a_zip_that_holds_the_model(self, model, shown, hub):
+        hand_over(model)
+        (link,) = shown
+        with ZipFile(Path(link.path)) as archive:
+            assert archive.namelist() == ["config.json"]
+        assert hub == []
+
+    def test_the_hub_gets_a_private_repository(self, model, shown, hub, capsys):
+        hand_over(model, hub="you/student")
+        assert hub == [
+            ("you/student", {"private": True, "exist_ok": True}),
+            {"repo_id": "you/student", "folder_path": model},
+        ]
+        assert "pushed to hub/you/student (private)" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("error", [LocalTokenNotFoundError("no token"), HFValidationError("a b is no name")])
+    def test_what_the_hub_refuses_is_one_message_and_the_zip_stays(self, model, shown, hub, monkeypatch, error):
+        def refuse(*_, **__):
+            raise error
+
+        monkeypatch.setattr(notebook, "create_repo", refuse)
+        with pytest.raises(UserError, match=r"the hub did not take you/student: .*HF_TOKEN"):
+            hand_over(model, hub="you/student")
+        assert Path(shown[0].path).is_file()
+
+    def test_without_room_nothing_is_packed(self, model, shown, monkeypatch):
+        monkeypatch.setattr(notebook.shutil, "disk_usage", lambda place: SimpleNamespace(free=1))
+        with pytest.raises(UserError, match=r"room for 0\.0: free some"):
+            hand_over(model)
+        assert not list(model.parent.glob("*.zip"))

@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 import time
-from fnmatch import fnmatch
 from pathlib import Path
 
 import jupytext
 import nbformat
+import numpy as np
 import pytest
 from nbclient import NotebookClient
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
@@ -22,6 +23,16 @@ MOST_LINES_OF_A_CELL = 15
 MOST_LINES_IN_FUNCTIONS = 0.03
 TRAINING_LOOP_CALLS = {"backward", "zero_grad"}
 SECONDS_OF_THE_DEFAULT = 300
+VIEW = "application/vnd.jupyter.widget-view+json"
+THE_CLOCK_STRIKES = """
+from kdkit.training.flow import StageFlow
+on_step_end = StageFlow.on_step_end
+def strike(flow, args, state, control, **kwargs):
+    if state.global_step == 2:
+        flow.stop.deadline = 0.0
+    return on_step_end(flow, args, state, control, **kwargs)
+StageFlow.on_step_end = strike
+"""
 
 
 def read_source(path):
@@ -49,15 +60,20 @@ def lines_in_functions(source):
     return sum(node.end_lineno - node.lineno + 1 for node in functions)
 
 
-def execute(path, folder, *, size, extra=()):
-    """Run a copy in `folder` with nothing of this machine's home; returns the notebook with its outputs."""
+def execute(path, folder, *, size, extra=(), after_settings=(), **variables):
+    """Run a copy in `folder` with nothing of this machine's home; returns the notebook with its outputs.
+
+    `extra` cells are a reader's, at the end; those `after_settings` stand in for what happens to a session.
+    """
     home = folder / "home"
     home.mkdir(exist_ok=True)
     notebook = read_notebook(path)
+    settings = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ()))
+    notebook.cells[settings + 1 : settings + 1] = [nbformat.v4.new_code_cell(source) for source in after_settings]
     notebook.cells += [nbformat.v4.new_code_cell(source) for source in extra]
     places = {name: str(home) for name in ("HOME", "IPYTHONDIR", "MPLCONFIGDIR", "HF_HOME", "XDG_CACHE_HOME")}
-    environment = {**os.environ, **places, "KDKIT_SIZE": size, "HF_HUB_OFFLINE": "1"}
-    environment.pop("KAGGLE_KERNEL_RUN_TYPE", None)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("KAGGLE", "KDKIT"))}
+    environment |= {**places, "KDKIT_SIZE": size, "HF_HUB_OFFLINE": "1", **variables}
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}})
     client.execute(env=environment)
     return notebook
@@ -121,17 +137,71 @@ text.value = "Count the eggs."
 button.click()
 print(answers.value)
 """
+MOVE_EVERY_SLIDER = """
+for explorer in [shown for shown in Out.values() if type(shown).__name__ == "Explorer"]:
+    for name, widget in explorer.widgets.items():
+        before = explorer.png
+        widget.value = next(value for _, value in widget.options if value != widget.value)
+        print("moved", name, explorer.png != before, repr(explorer.message.value))
+"""
+WAIT_FOR_THE_LIVE_RUN = """
+live.wait(120)
+print("live:", live.status.value)
+"""
 
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """The distillation notebook at its smallest size, and after it a reader who types a prompt."""
+    """The distillation notebook at its smallest size, and after it a reader who types a prompt and moves sliders."""
     folder = tmp_path_factory.mktemp("notebook")
     before = sorted((ROOT / "notebooks").rglob("*"))
-    notebook = execute(DISTILL, folder, size="smoke", extra=[TYPE_A_PROMPT])
+    reader = [TYPE_A_PROMPT, MOVE_EVERY_SLIDER, WAIT_FOR_THE_LIVE_RUN]
+    notebook = execute(DISTILL, folder, size="smoke", extra=reader)
     assert sorted((ROOT / "notebooks").rglob("*")) == before
+    notebook.metadata.folder = folder
     yield notebook
     shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+class TestFirstCell:
+    """Before anything of kdkit is there."""
+
+    @pytest.fixture
+    def bare(self, monkeypatch, tmp_path):
+        """A Python without kdkit, and the commands that the cell runs."""
+        commands = []
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+        monkeypatch.setenv("KDKIT_INPUTS", str(tmp_path / "input"))
+        (tmp_path / "work").mkdir()
+        monkeypatch.chdir(tmp_path / "work")
+        return commands
+
+    def pip(self, place):
+        return [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", place]
+
+    def test_takes_the_newest_attached_wheel_without_what_it_needs(self, path, bare, tmp_path):
+        wheels = tmp_path / "input" / "datasets" / "me" / "wheels"
+        wheels.mkdir(parents=True)
+        for version in ("0.1.0", "0.2.0"):
+            (wheels / f"kdkit-{version}-py3-none-any.whl").touch()
+        exec(code_cells(path)[0], {})
+        assert bare == [self.pip(str(wheels / "kdkit-0.2.0-py3-none-any.whl"))]
+
+    def test_takes_the_checkout_that_it_lies_in(self, path, bare, monkeypatch):
+        monkeypatch.chdir(ROOT / "notebooks")
+        exec(code_cells(path)[0], {})
+        assert bare == [self.pip("..")]
+
+    def test_says_what_to_attach_where_there_is_neither(self, path, bare):
+        with pytest.raises(ModuleNotFoundError, match="attach the dataset of its wheels"):
+            exec(code_cells(path)[0], {})
+        assert bare == []
+
+    def test_is_silent_where_kdkit_is_there(self, path, monkeypatch):
+        monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("nothing lacks"))
+        exec(code_cells(path)[0], {})
 
 
 class TestDistillNotebook:
@@ -139,35 +209,25 @@ class TestDistillNotebook:
         assert not [o for o in outputs(executed) if o.output_type == "error" or o.get("name") == "stderr"]
         assert not re.search(r"warning", printed(executed), re.IGNORECASE)
 
-    def test_the_install_cell_is_silent_where_kdkit_is_there(self, executed):
-        (install,) = [cell for cell in executed.cells if cell.cell_type == "code" and '"pip"' in cell.source]
-        assert install.outputs == []
-        assert not re.search(r"torch|numpy|ipywidgets", install.source)
-        assert "--no-deps" in install.source
-
-    @pytest.mark.parametrize(
-        ("attached", "places"),
-        [
-            ((), ["..", "rouge-score"]),
-            (
-                ("kdkit-0.1-py3-none-any.whl", "kdkit-0.2-py3-none-any.whl"),
-                ["kdkit-0.2-py3-none-any.whl", "rouge-score"],
-            ),
-            (("rouge_score-0.1.2-py3-none-any.whl",), ["..", "rouge_score-0.1.2-py3-none-any.whl"]),
-        ],
-    )
-    def test_what_lacks_comes_from_attached_wheels_first_and_without_what_it_needs(self, monkeypatch, attached, places):
-        commands = []
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        monkeypatch.setattr(Path, "rglob", lambda self, pattern: [Path(n) for n in attached if fnmatch(n, pattern)])
-        monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
-        exec(code_cells(DISTILL)[0], {})
-        assert commands == [[sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *places]]
-
-    def test_it_shows_curves_comparison_and_two_alignments_as_pictures(self, executed):
+    def test_every_figure_is_a_picture_with_words_that_stand_for_it(self, executed):
         pictures = [o for o in outputs(executed) if "image/png" in o.get("data", {})]
-        assert len(pictures) == 4
+        assert len(pictures) == 7  # curves, comparison, two alignments, two sliders, the live run
         assert all(o.metadata["image/png"]["alt"] for o in pictures)
+
+    def test_sliders_are_shown_with_a_picture_for_those_who_cannot_move_them(self, executed):
+        shown = [o.data for o in outputs(executed) if VIEW in o.get("data", {}) and "image/png" in o.data]
+        assert len(shown) == 3
+
+    def test_every_slider_changes_the_picture(self, executed):
+        moved = [line.split() for line in printed(executed).splitlines() if line.startswith("moved ")]
+        assert {name for _, name, *_ in moved} == {"gamma", "band", "temperature", "position", "loss"}
+        assert all(rest == ["True", "''"] for _, _, *rest in moved)
+
+    def test_the_run_with_knobs_ends(self, executed):
+        assert re.search(r"live: finished: ROUGE-L \d", printed(executed))
+
+    def test_the_student_can_be_taken_along(self, executed):
+        assert list(executed.metadata.folder.rglob("after/student.zip"))
 
     def test_its_tables_name_before_after_and_teacher(self, executed):
         tables = [o.data["text/html"] for o in outputs(executed) if "text/html" in o.get("data", {})]
@@ -175,9 +235,32 @@ class TestDistillNotebook:
         assert len(complete) == 3  # comparison, answers side by side, the reader's prompt
 
     def test_a_typed_prompt_is_answered(self, executed):
-        (output,) = executed.cells[-1].outputs
+        (output,) = executed.cells[-3].outputs
         assert "Count the eggs." in output.text
         assert all(f">{name}<" in output.text for name in ("before", "after", "teacher"))
+
+    def test_a_batch_that_ends_by_its_clock_goes_on_from_its_attached_output_to_the_same_weights(
+        self, executed, tmp_path
+    ):
+        session = {"KAGGLE_KERNEL_RUN_TYPE": "Batch", "KDKIT_INPUTS": str(tmp_path / "input")}
+        (tmp_path / "input" / "version-1").mkdir(parents=True)
+        (tmp_path / "second").mkdir()
+        first = execute(
+            DISTILL, tmp_path / "input" / "version-1", size="smoke", after_settings=[THE_CLOCK_STRIKES], **session
+        )
+        assert "add this version's output under Input" in printed(first)
+        code = [cell for cell in first.cells if cell.cell_type == "code"]
+        stopped = next(i for i, cell in enumerate(code) if 'RUN / "before", session' in cell.source)
+        assert not any(cell.outputs for cell in code[stopped + 1 :])
+        again = execute(DISTILL, tmp_path / "second", size="smoke", **session)
+        assert "continuing " in printed(again)
+        models = [
+            next(place.rglob("after/model/model.safetensors"))
+            for place in (tmp_path / "second", executed.metadata.folder)
+        ]
+        ours, theirs = map(load_file, models)
+        assert all(np.array_equal(ours[name], theirs[name]) for name in ours | theirs)
+        assert not [o for o in outputs(again) if VIEW in o.get("data", {})]  # nobody is there to move anything
 
     @pytest.mark.slow
     def test_a_second_execution_goes_on_and_the_default_takes_less_than_five_minutes(self, tmp_path):

@@ -142,8 +142,9 @@ def _findings(session: Session, installed: Sequence[str]) -> Iterator[str]:
     )
     if installed:
         yield f"installed: {', '.join(installed)}"
-    if stale := [name for name in installed if name.partition(" ")[0].replace("-", "_") in sys.modules]:
-        yield f"restart the session: the old {', '.join(stale)} was loaded before it was replaced"
+    stale = [name for name in (said.partition(" ")[0] for said in installed) if name.replace("-", "_") in sys.modules]
+    if stale:
+        yield f"restart the session: an older {', '.join(stale)} was loaded before it was replaced"
     if machine.problem:
         yield f"{machine.problem} {machine.remedy}".strip()
     if free < LOW_DISK_BYTES:

@@ -282,6 +282,7 @@ def _slider(field: str, value: float) -> "ipywidgets.Widget":
         "value": value,
         "description": LABELS[field],
         "continuous_update": False,
+        "disabled": True,  # until a stage begins
         "readout_format": ".2f",
         "style": {"description_width": "110px"},
         "layout": ipywidgets.Layout(width="560px"),
