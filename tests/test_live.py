@@ -213,7 +213,7 @@ class TestFigure:
         return [*steps, change, {"kind": "eval", "stage": "distill", "step": 9, "rouge_l": 31.0}]
 
     def test_its_title_says_what_was_turned_and_from_when_on(self, logged):
-        assert plot_live(logged).get_suptitle() == "step 9: loss 2.1; temperature 4 from step 5 on"
+        assert plot_live(logged).get_suptitle() == "Step 9: loss 2.1; temperature 4 from step 5 on"
 
     def test_a_line_marks_the_change_in_every_panel(self, logged):
         for axes in plot_live(logged).axes:

@@ -69,7 +69,7 @@ def plot_live(metrics_rows: Sequence[Row]) -> "Figure":
     if evaluations:
         panels[2].plot(run_steps(evaluations, begins), column(evaluations, "rouge_l"), color=BLUE, marker="o")
         panels[2].set_ylabel("validation\nROUGE-L (%)")
-        panels[2].set_ylim(bottom=0)
+        panels[2].set_ylim(0, 1.15 * max(column(evaluations, "rouge_l").max(), 1.0))
     for step in run_steps(changes, begins):
         for axes in panels:
             axes.axvline(step, color=INK, linewidth=1, linestyle="--")
@@ -91,9 +91,10 @@ def _draw_losses(axes: "Axes", rows: Sequence[Row], begins: Mapping[str, float])
 
 
 def _draw_knobs(axes: "Axes", rows: Sequence[Row], begins: Mapping[str, float]) -> None:
-    for name, (label, colour) in KNOBS.items():
-        if np.isfinite(column(rows, name)).any():
-            draw_stages(axes, rows, name, begins, color=colour, label=label, drawstyle="steps-pre")
+    shown = {name: knob for name, knob in KNOBS.items() if np.isfinite(column(rows, name)).any()}
+    for index, (name, (label, colour)) in enumerate(shown.items()):
+        width = 1.2 + 0.8 * (len(shown) - 1 - index)  # knobs that stand at the same value lie over each other
+        draw_stages(axes, rows, name, begins, color=colour, label=label, drawstyle="steps-pre", linewidth=width)
     axes.set_ylabel("knobs")
     axes.set_ylim(bottom=0)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
@@ -109,4 +110,4 @@ def _finding(rows: Sequence[Row], changes: Sequence[Row]) -> str:
         for field, value in row.items()
         if field in _NAMES and isinstance(value, int | float)
     ]
-    return "; ".join([said, *turned[-_MOST_CHANGES_IN_TITLE:]])
+    return "; ".join([said[0].upper() + said[1:], *turned[-_MOST_CHANGES_IN_TITLE:]])
