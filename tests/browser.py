@@ -30,7 +30,7 @@ SWITCHES = (
     "--disable-sync",
 )
 SECONDS_TO_START = 120
-MILLISECONDS_TO_WAIT = 180_000
+MILLISECONDS_TO_WAIT = 90_000
 SETTINGS = {
     # Else cells outside the window are taken out of the page, and their outputs with them.
     "notebook-extension/tracker": {"windowingMode": "none"},
@@ -132,9 +132,9 @@ class NotebookPage:
         return self.cell(number).locator(".jp-OutputArea-output img")
 
     def control(self, number: int, label: str) -> Locator:
-        """A cell's control: a slider's handle, a menu, or the first of some buttons that is not pressed."""
-        row = self.cell(number).locator(".widget-inline-hbox").filter(has_text=label)
-        return row.locator("[role=slider], select, button:not(.mod-active)").first
+        """A cell's control: a slider's handle, or the first of some buttons that is not pressed."""
+        row = self.cell(number).locator(".widget-inline-hbox, .widget-toggle-buttons").filter(has_text=label)
+        return row.locator("[role=slider], button:not(.mod-active)").first
 
     def press(self, number: int, label: str, key: str) -> str:
         """Focus a control, press a key, wait until the cell's picture is another; its new text is returned."""

@@ -14,8 +14,8 @@ KAGGLES = "8.1.5"
 TRIO = (f"ipywidgets=={KAGGLES}", "jupyterlab_widgets==3.0.13", "widgetsnbextension==4.0.13")
 CELLS = ("models", "threshold", "temperature", "alignment")
 PRESSED = {
-    "threshold": (("threshold φ", "ArrowLeft"), ("sweep", "Enter")),
-    "temperature": (("temperature T", "ArrowRight"), ("position", "ArrowRight"), ("loss", "ArrowDown")),
+    "threshold": (("threshold φ", "ArrowLeft"), ("sweep", "Space")),
+    "temperature": (("temperature T", "ArrowRight"), ("position", "ArrowRight"), ("loss", "Space")),
     "alignment": (("smoothing γ", "ArrowRight"), ("band (units)", "ArrowLeft")),
 }
 """Every control of every explorer, and the key that moves it."""
