@@ -29,13 +29,14 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory):
+    """One for the file, not the session: while it is open no event loop can run in other tests, as nbclient needs."""
     with open_browser(tmp_path_factory.mktemp("profile")) as context:
         yield context
 
 
-@pytest.fixture(scope="session", params=[INSTALLED, pytest.param(KAGGLES, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[INSTALLED, pytest.param(KAGGLES, marks=pytest.mark.slow)])
 def packages(request, tmp_path_factory):
     """Version of ipywidgets, and the folder that it lies in where it is not the one installed."""
     if request.param == INSTALLED:
@@ -46,7 +47,7 @@ def packages(request, tmp_path_factory):
     return request.param, folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def notebook(packages, browser, explorer_cells, tmp_path_factory):
     """A notebook with every explorer, run in JupyterLab."""
     sources = [*(explorer_cells[name] for name in CELLS), VERSION]
