@@ -21,7 +21,7 @@ demo: $(STAMP)
 	$(BIN)/kdkit demo --output runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(STAMP)
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not browser"
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest

@@ -6,10 +6,11 @@ import sys
 import pytest
 from tiny import make_pair, tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from traces import made_up_traces
 from transformers import PreTrainedTokenizerFast
 
 from kdkit import cli
-from kdkit.inspection import load_run_models
+from kdkit.inspection import load_run_models, save_traces
 from kdkit.training.run import run_distillation
 
 SENTENCES = (
@@ -82,3 +83,19 @@ def trained_row(aligned_models):
         row = json.loads(file.readline())
     answer = row["output"] if isinstance(row["output"], str) else row["output"][0]
     return f"{row['instruction']}\n{row['input']}\nAnswer:\n", answer
+
+
+@pytest.fixture(scope="session")
+def explorer_cells(aligned_run, trained_row, tmp_path_factory):
+    """Sources of notebook cells: the first loads a run, each other shows the explorer it names."""
+    traces = tmp_path_factory.mktemp("traces") / "threshold_sweep.json"
+    save_traces(made_up_traces(), traces)
+    prompt, answer = trained_row
+    return {
+        "models": f"from kdkit import widgets\nfrom kdkit.inspection import load_run_models\n"
+        f"models = load_run_models({str(aligned_run.folder)!r})",
+        "threshold": f"threshold = widgets.threshold_explorer({str(traces)!r})\nthreshold",
+        "temperature": "temperature = widgets.temperature_explorer("
+        f"models, [{{'prompt': {prompt!r}, 'references': [{answer!r}]}}])\ntemperature",
+        "alignment": f"alignment = widgets.alignment_explorer(models, {prompt!r}, {answer!r})\nalignment",
+    }

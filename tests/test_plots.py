@@ -293,6 +293,12 @@ class TestFigureBytes:
         assert first == second
         assert first.lstrip().startswith(b"<?xml")
 
+    def test_a_character_that_the_font_lacks_is_a_box_and_no_warning(self):
+        """A token of a language model is often one: each slider move reddened the notebook."""
+        figure = Figure()
+        figure.suptitle("\u4f60\x18")
+        assert figure_bytes(figure, "png").startswith(PNG_MAGIC)
+
 
 class TestImport:
     def test_drawing_needs_neither_torch_nor_pyplot(self):

@@ -106,7 +106,7 @@ class TestTokenName:
         def named(text):
             return [token_name(byte_tokenizer, token) for token in byte_tokenizer(text)["input_ids"]]
 
-        assert "".join(named(" the\n\tfox")) == "␣the\\n\\tfox"
+        assert "".join(named(" the\n\tfox\x18")) == "␣the\\n\\tfox\\x18"
         assert all(name and "\ufffd" not in name for name in named("🙂"))  # pieces of a character have their own names
 
 

@@ -119,14 +119,15 @@ def read_positions(models: RunModels, prompt: str, answer: str, *, student: Stud
 
 
 def token_name(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """A token for people: its text with its spaces and line breaks written out, or its own name where it is no text."""
+    """A token for people: its text with what cannot be seen written out, or its own name where it is no text."""
     name = str(tokenizer.convert_ids_to_tokens(token))
     text = tokenizer.decode([token])
     if not text or _NOT_TEXT in text:
         return name
     if name.startswith(_WORD_BEGINS) and not text.startswith(" "):
         text = f" {text}"
-    return text.replace(" ", "␣").replace("\n", "\\n").replace("\t", "\\t")
+    written = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.replace(" ", "␣"))
+    return "".join(written)
 
 
 def _likeliest(student: Tensor, teacher: Tensor) -> Tensor:

@@ -42,12 +42,15 @@ def figure_bytes(figure: "Figure", kind: str = "svg") -> bytes:
         The file's bytes; for a notebook, `IPython.display.Image(figure_bytes(figure, "png"))` shows it.
     """
     import io
+    import warnings
 
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else None
-    with rc_context({"svg.hashsalt": "kdkit"}):
+    with rc_context({"svg.hashsalt": "kdkit"}), warnings.catch_warnings():
+        # A character that the font lacks is drawn as a box; a warning for each would only redden a notebook.
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font")
         figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
     return buffer.getvalue()
 

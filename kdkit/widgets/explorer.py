@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _KEPT_PICTURES = 64
 """Of the last values chosen, about 10 MB."""
 _VIEW = "application/vnd.jupyter.widget-view+json"
-_WIDGETS = {"slider": "SelectionSlider", "menu": "Dropdown", "buttons": "ToggleButtons"}
+_WIDGETS = {"slider": "SelectionSlider", "buttons": "ToggleButtons"}  # JupyterLab takes the keys of a Dropdown
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Control:
     """What the reader sees, and the value; in order. None is no value: a slider cannot hold it."""
     start: Hashable
     """One of the values."""
-    kind: Literal["slider", "menu", "buttons"] = "slider"
+    kind: Literal["slider", "buttons"] = "slider"
 
     def widget(self) -> "ipywidgets.Widget":
         """The ipywidget; a slider reports when it is let go, as a picture takes longer than a drag's next step."""

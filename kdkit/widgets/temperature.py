@@ -18,7 +18,7 @@ _KEPT_VIEWS = 64
 
 
 def temperature_explorer(models: RunModels, rows: Sequence[Mapping[str, Any]]) -> Explorer:
-    """Sliders for temperature and position and a menu of losses, at the first references of some rows.
+    """Sliders for temperature and position and buttons for losses, at the first references of some rows.
 
     Each row is read once by both models, so that a slider costs the losses at one position and a drawing.
 
@@ -50,6 +50,6 @@ def temperature_explorer(models: RunModels, rows: Sequence[Mapping[str, Any]]) -
     controls = (
         Control("temperature", "temperature T", [(f"{t:g}", t) for t in temperatures], read[0].temperature),
         Control("position", "position", places, (0, 0)),
-        Control("loss", "loss", [(name, name) for name in LOSSES], read[0].loss, kind="menu"),
+        Control("loss", "loss", [(name, name) for name in LOSSES], read[0].loss, kind="buttons"),
     )
     return Explorer(draw, controls)
