@@ -116,6 +116,15 @@ class NotebookPage:
         self.page.wait_for_function(done, arg=[prompt])
         self.page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
 
+    def run(self, number: int) -> None:
+        """Run one cell again and wait until it is done."""
+        prompt = self.cell(number).locator(".jp-InputPrompt")
+        before = prompt.inner_text()
+        prompt.click()
+        self.page.keyboard.press("Control+Enter")
+        done = "([prompt, before]) => /^\\[\\d+\\]:?$/.test(prompt.innerText.trim()) && prompt.innerText !== before"
+        self.page.wait_for_function(done, arg=[prompt.element_handle(), before])
+
     def cell(self, number: int) -> Locator:
         return self.page.locator(".jp-Notebook .jp-CodeCell").nth(number)
 

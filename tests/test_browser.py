@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from browser import find_chromium, jupyter_lab, open_browser
+from tiny import make_pair
 
 INSTALLED = importlib.metadata.version("ipywidgets")
 KAGGLES = "8.1.5"
@@ -21,6 +22,30 @@ PRESSED = {
 """Every control of every explorer, and the key that moves it."""
 VERSION = "import ipywidgets\nprint(ipywidgets.__version__)"
 MANAGER = "@jupyter-widgets/jupyterlab-manager/static"
+TRAIN = """
+from kdkit.config import load_config
+from kdkit.session.place import Session
+from kdkit.runtime import preflight
+from kdkit.widgets import LiveControls
+config = load_config({{
+    "preset": "demo", "teacher": {{"path": "{teacher}"}}, "student": {{"path": "{student}", "from_scratch": False}},
+    "objective": {{"kd": {{"temperature": 2.0}}}}, "optim": {{"max_steps": 100000, "batch_size": 2}},
+    "logging": {{"every_steps": 1}}, "evaluation": {{"every_steps": 0}},
+}})
+session = Session(preflight(), is_kaggle=False, is_batch=False, has_internet=False, hours=1)
+live = LiveControls(config, "runs/live", session=session)
+live.start()
+"""
+LOG = """
+from kdkit.training.folder import RunFolder
+rows = RunFolder(live.folder).metrics.rows()
+changes = [row for row in rows if row["kind"] == "change"]
+if changes:
+    (change,) = changes
+    steps = {row["step"]: row["kd_temperature"] for row in rows if row["kind"] == "train"}
+    print(change["objective.kd.temperature"], steps[change["step"]], steps[change["step"] + 1], sep="\\n")
+    print(len(list(live.folder.glob("stages/distill/checkpoint-*/complete.json"))))
+"""
 SCREENSHOTS = os.environ.get("KDKIT_SCREENSHOTS")
 
 pytestmark = [
@@ -48,11 +73,29 @@ def packages(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def notebook(packages, browser, explorer_cells, tmp_path_factory):
+def pair(tmp_path_factory):
+    return make_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def lab(packages, tmp_path_factory):
+    with jupyter_lab(tmp_path_factory.mktemp("lab"), packages=packages[1]) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def notebook(lab, browser, explorer_cells):
     """A notebook with every explorer, run in JupyterLab."""
     sources = [*(explorer_cells[name] for name in CELLS), VERSION]
-    folder = tmp_path_factory.mktemp("lab")
-    with jupyter_lab(folder, packages=packages[1]) as lab, lab.open_notebook(browser, sources) as shown:
+    with lab.open_notebook(browser, sources) as shown:
+        shown.run_all()
+        yield shown
+
+
+@pytest.fixture
+def steered(lab, browser, pair):
+    """A notebook in which a run trains in the background, longer than a test."""
+    with lab.open_notebook(browser, [TRAIN.format(**pair), LOG]) as shown:
         shown.run_all()
         yield shown
 
@@ -87,3 +130,30 @@ class TestExplorers:
         assert notebook.cell(number).locator("[role=alert]").count() == 0
         assert notebook.red() == []
         assert notebook.problems == []
+
+
+class TestLiveControls:
+    def test_a_slider_moved_by_keyboard_acts_from_the_next_step_and_stop_saves(self, steered, packages):
+        status = steered.cell(0).locator(".widget-html", has_text="step ").first
+        status.wait_for()
+        steered.cell(0).locator("[role=slider]:not([disabled])").first.wait_for()
+        steered.picture(0).wait_for()
+        steered.control(0, "temperature").focus()
+        steered.page.keyboard.press("ArrowRight")
+        steered.page.wait_for_function(
+            "() => /temperature .* from step \\d+ on/.test(document.querySelector('.jp-OutputArea-output img').alt)"
+        )
+        if SCREENSHOTS:
+            steered.screenshot(Path(SCREENSHOTS) / f"live-{packages[0]}.png", 0)
+        steered.cell(0).get_by_role("button", name="Pause").click()
+        steered.cell(0).get_by_text("paused after step").wait_for()
+        steered.cell(0).get_by_role("button", name="Go on").click()
+        steered.cell(0).get_by_role("button", name="Stop and save").click()
+        steered.cell(0).get_by_text("stopped by you, saved in").wait_for()
+        steered.run(1)
+        changed, before, after, saved = steered.text(1).split()
+        assert (before, after) == ("2.0", changed)
+        assert float(changed) == pytest.approx(2.0 * 2**0.05)
+        assert saved == "1"
+        assert steered.red() == []
+        assert steered.problems == []

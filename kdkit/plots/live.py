@@ -105,7 +105,7 @@ def _finding(rows: Sequence[Row], changes: Sequence[Row]) -> str:
     last = rows[-1]
     said = f"step {number(last, 'step') or 0:.0f}: loss {number(last, 'loss') or float('nan'):.3g}"
     turned = [
-        f"{_NAMES[field]} {value:g} from step {(number(row, 'step') or 0) + 1:.0f} on"
+        f"{_NAMES[field]} {value:.3g} from step {(number(row, 'step') or 0) + 1:.0f} on"
         for row in changes
         for field, value in row.items()
         if field in _NAMES and isinstance(value, int | float)

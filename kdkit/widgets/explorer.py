@@ -1,13 +1,7 @@
-"""The one mechanism of all sliders: controls beside the picture that a function draws for their values.
-
-The picture is the value of a widget, not the output of a cell: it changes from any thread and nothing accumulates.
-What a notebook keeps carries both the widgets and the picture, so that where nobody can move a slider (GitHub,
-nbconvert, a batch run, no ipywidgets) the figure at the starting values is seen.
-"""
+"""The one mechanism of all sliders: controls beside the picture that a function draws for their values."""
 
 import os
-from base64 import b64encode
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
@@ -15,7 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 from kdkit.errors import UserError
-from kdkit.plots import figure_bytes
+from kdkit.widgets.picture import Bundle, Picture, drawn
 
 if TYPE_CHECKING:
     import ipywidgets
@@ -23,7 +17,6 @@ if TYPE_CHECKING:
 
 _KEPT_PICTURES = 64
 """Of the last values chosen, about 10 MB."""
-_VIEW = "application/vnd.jupyter.widget-view+json"
 _WIDGETS = {"slider": "SelectionSlider", "buttons": "ToggleButtons"}  # JupyterLab takes the keys of a Dropdown
 
 
@@ -68,13 +61,13 @@ class Explorer:
 
     def __init__(self, draw: Callable[..., "Figure"], controls: Iterable[Control], *, width_pixels: int = 720) -> None:
         self.controls = {control.name: control for control in controls}
-        self.width_pixels = width_pixels
         self._draw = draw
         self._kept = lru_cache(maxsize=_KEPT_PICTURES)(self._drawn)
         self.start = {name: control.start for name, control in self.controls.items()}
         for control in self.controls.values():
             _check_start(control)
-        self.png, self.alt = self._kept(*self.start.values())
+        self.picture = Picture(width_pixels)
+        self.picture.put(*self._kept(*self.start.values()))
         self.widgets: dict[str, ipywidgets.Widget] = {}
         self.box: ipywidgets.VBox | None = self._build() if has_front_end() else None
 
@@ -83,41 +76,41 @@ class Explorer:
         """What is chosen now."""
         return {name: widget.value for name, widget in self.widgets.items()} or dict(self.start)
 
+    @property
+    def png(self) -> bytes:
+        """The picture of these values, or of the last ones that could be drawn."""
+        return self.picture.png
+
+    @property
+    def alt(self) -> str:
+        """The text that stands for the picture: its title."""
+        return self.picture.alt
+
     def _drawn(self, *values: Hashable) -> tuple[bytes, str]:
         """PNG and its text for these values."""
-        figure = self._draw(**dict(zip(self.controls, values, strict=True)))
-        return figure_bytes(figure, "png"), " ".join(figure.get_suptitle().split())
+        return drawn(self._draw(**dict(zip(self.controls, values, strict=True))))
 
     def _build(self) -> "ipywidgets.VBox":
         import ipywidgets
 
         self.widgets = {name: control.widget() for name, control in self.controls.items()}
-        self.picture, self.message = ipywidgets.HTML(self._picture_html()), ipywidgets.HTML()
+        self.message = ipywidgets.HTML()
         for widget in self.widgets.values():
             widget.observe(self._redraw, names="value")
-        return ipywidgets.VBox([*self.widgets.values(), self.picture, self.message])
+        return ipywidgets.VBox([*self.widgets.values(), self.picture.widget(), self.message])
 
     def _redraw(self, _change: object) -> None:
         """The picture of the values chosen; what cannot be drawn is said below the last one that could."""
         try:
-            self.png, self.alt = self._kept(*self.values.values())
+            png, alt = self._kept(*self.values.values())
         except UserError as error:
             self.message.value = f'<b role="alert">{escape(str(error))}</b>'
             return
-        self.message.value, self.picture.value = "", self._picture_html()
+        self.message.value = ""
+        self.picture.put(png, alt)
 
-    def _picture_html(self) -> str:
-        """An HTML img rather than an Image widget, which has no place for a text that stands for the picture."""
-        data = b64encode(self.png).decode()
-        return f'<img src="data:image/png;base64,{data}" width="{self.width_pixels}" alt="{escape(self.alt)}">'
-
-    def _repr_mimebundle_(
-        self, include: object = None, exclude: object = None
-    ) -> tuple[dict[str, object], Mapping[str, object]]:
-        bundle: dict[str, object] = {"text/plain": self.alt, "image/png": b64encode(self.png).decode()}
-        if self.box is not None:
-            bundle[_VIEW] = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
-        return bundle, {"image/png": {"width": self.width_pixels, "alt": self.alt}}
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Bundle:
+        return self.picture.bundle(self.box)
 
 
 def has_front_end() -> bool:

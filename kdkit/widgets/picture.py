@@ -1,4 +1,8 @@
-"""A figure that is the value of a widget, not the output of a cell: it changes from any thread, nothing accumulates."""
+"""A figure that is the value of a widget, not the output of a cell: it changes from any thread, nothing accumulates.
+
+What a notebook keeps carries both the widgets and the picture, so that where nobody can move a slider (GitHub,
+nbconvert, a batch run, no ipywidgets) a figure is seen.
+"""
 
 from base64 import b64encode
 from html import escape
@@ -30,7 +34,7 @@ class Picture:
 
     def draw(self, figure: "Figure") -> None:
         """Take a figure with a title, which is the text that stands for it."""
-        self.put(figure_bytes(figure, "png"), " ".join(figure.get_suptitle().split()))
+        self.put(*drawn(figure))
 
     def put(self, png: bytes, alt: str) -> None:
         """Take a figure that was drawn before."""
@@ -66,3 +70,8 @@ class Picture:
             return ""
         data = b64encode(self.png).decode()
         return f'<img src="data:image/png;base64,{data}" width="{self.width_pixels}" alt="{escape(self.alt)}">'
+
+
+def drawn(figure: "Figure") -> tuple[bytes, str]:
+    """A figure as PNG, and its title as the text that stands for it."""
+    return figure_bytes(figure, "png"), " ".join(figure.get_suptitle().split())
