@@ -1,0 +1,68 @@
+"""Sphinx's settings. The source folder is the repository itself, so that links between READMEs and notebooks hold."""
+
+import os
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+sys.path[:0] = [str(ROOT), str(DOCS)]
+
+import kdkit  # noqa: E402
+from extensions import names  # noqa: E402
+
+project = "kdkit"
+author = "the kdkit authors"
+version = release = kdkit.__version__
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "extensions.docstrings",
+    "extensions.fields",
+    "extensions.gallery",
+    "extensions.names",
+    "extensions.start",
+]
+root_doc = "README"
+include_patterns = ["README.md", "docs/*.md", "docs/api/*.rst", "notebooks/*", "kdkit/presets/*.md", "data/demo/*.md"]
+exclude_patterns = [".*", "build", "dist", "runs", "**/runs", "**/.*"]
+smartquotes = False
+
+# API: every module that is found, each object where it is defined.
+templates_path = [str(DOCS / "templates")]
+autosummary_context = {"imported": names.reexports, "submodules": names.submodules}
+suppress_warnings = ["autosummary.import_cycle"]  # asks for relative names; ours are full everywhere
+autodoc_default_options = {"members": True, "ignore-module-all": True}
+autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False  # those of torch and transformers speak of other things
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
+python_display_short_literal_types = True
+python_maximum_signature_line_length = 90
+add_module_names = False
+toc_object_entries_show_parents = "hide"
+default_role = "py:obj"  # `name` is a link where kdkit has it, and code where not
+napoleon_numpy_docstring = False
+napoleon_use_param = False  # one entry for "a, b: as for ..."; types stand in the signature
+
+# Gallery: run once for each size, then taken from the cache until a notebook changes.
+SIZE = os.environ.get("KDKIT_SIZE", "default")
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(ROOT / "build" / "docs" / "notebooks" / SIZE.replace(" ", "-"))
+nb_execution_in_temp = True
+nb_execution_timeout = 1800
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+
+html_theme = "furo"
+html_title = f"kdkit {release}"
+html_static_path = [str(DOCS / "static")]
+html_css_files = ["gallery.css"]
+html_additional_pages = {"index": "index.html"}  # README.html is the start page; index.html leads to it
+html_copy_source = False
