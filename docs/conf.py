@@ -9,10 +9,8 @@ ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(DOCS)]
 
 import kdkit  # noqa: E402
-from extensions import names  # noqa: E402
 
 project = "kdkit"
-author = "the kdkit authors"
 version = release = kdkit.__version__
 extensions = [
     "myst_nb",
@@ -20,10 +18,12 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "sphinx_click",
     "extensions.docstrings",
     "extensions.fields",
     "extensions.gallery",
     "extensions.names",
+    "extensions.pages",
     "extensions.start",
 ]
 root_doc = "README"
@@ -31,11 +31,10 @@ include_patterns = ["README.md", "docs/*.md", "docs/api/*.rst", "notebooks/*", "
 exclude_patterns = [".*", "build", "dist", "runs", "**/runs", "**/.*"]
 smartquotes = False
 
-# API: every module that is found, each object where it is defined.
-templates_path = [str(DOCS / "templates")]
-autosummary_context = {"imported": names.reexports, "submodules": names.submodules}
-suppress_warnings = ["autosummary.import_cycle"]  # asks for relative names; ours are full everywhere
-autodoc_default_options = {"members": True, "ignore-module-all": True}
+templates_path = ["templates"]
+
+# API: every module, each name where it is defined.
+autosummary_generate = False  # extensions/pages.py writes the pages
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False  # those of torch and transformers speak of other things
 autodoc_typehints_format = "short"
@@ -62,7 +61,8 @@ myst_heading_anchors = 3
 
 html_theme = "furo"
 html_title = f"kdkit {release}"
-html_static_path = [str(DOCS / "static")]
+html_static_path = ["static"]
 html_css_files = ["gallery.css"]
 html_additional_pages = {"index": "index.html"}  # README.html is the start page; index.html leads to it
 html_copy_source = False
+html_show_copyright = False

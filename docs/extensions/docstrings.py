@@ -10,7 +10,8 @@ from itertools import groupby
 
 from sphinx.application import Sphinx
 
-_BEFORE_NAPOLEON = 400
+_BEFORE_NAPOLEON, _AFTER_NAPOLEON = 400, 600
+_OF_VALUES = {"attribute", "data", "property"}
 _SECTION = re.compile(r"(Args|Returns|Yields|Raises):$")
 _RESULT = re.compile(r"^((?:Returns|Yields):\n +)", re.MULTILINE)
 _SOURCE = re.compile(r"^Source: (.*)", re.MULTILINE | re.DOTALL)
@@ -22,11 +23,18 @@ _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", _rewrite, priority=_BEFORE_NAPOLEON)
+    app.connect("autodoc-process-docstring", _set_dashes, priority=_AFTER_NAPOLEON)
     return {"parallel_read_safe": True}
 
 
 def _rewrite(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     lines[:] = restructured(lines)
+    if lines and what in _OF_VALUES:
+        lines[0] = f": {lines[0]}"  # else what stands before the first colon becomes the type
+
+
+def _set_dashes(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    lines[:] = [line.replace("** -- ", "** – ", 1) for line in lines]
 
 
 def restructured(lines: list[str]) -> list[str]:
@@ -57,7 +65,7 @@ def _marked(lines: list[str]) -> Iterator[tuple[bool, str]]:
 
 def _prose(text: str) -> str:
     text = "".join(_code(part) if odd else _plain(part) for odd, part in _parts(text))
-    text = _RESULT.sub(r"\1: ", text)  # else what stands before the first colon becomes the type
+    text = _RESULT.sub(r"\1: ", text)  # for the same reason
     return _SOURCE.sub(lambda found: "\n:Source: " + found[1].replace("\n", "\n    "), text)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from pydantic import BaseModel
 from sphinx.application import Sphinx
@@ -36,29 +36,29 @@ def models() -> dict[str, type[BaseModel]]:
 
 
 def described(model: type[BaseModel]) -> Iterator[str]:
-    """Each field of a model as reStructuredText: type, docstring, default and bounds."""
+    """Each field of a model as reStructuredText: type, default, docstring, bounds."""
     types = get_type_hints(model)  # without what Annotated adds
-    schema = model.model_json_schema()["properties"]
+    schemas = model.model_json_schema()["properties"]
     for name, field in model.model_fields.items():
-        part = types[name] if isinstance(types[name], type) and issubclass(types[name], BaseModel) else None
-        meaning = field.description or (part.__doc__ if part else "") or ""
         shown = stringify_annotation(types[name], "smart", short_literals=True)
-        yield from ("", f".. py:attribute:: {name}", f"   :type: {shown}", "")
-        yield from (f"   {line}" for line in restructured([*meaning.splitlines(), "", _limits(schema[name])]))
+        yield from ("", f".. py:attribute:: {name}", f"   :type: {shown}")
+        if "default" in schemas[name]:
+            yield f"   :value: {_default(schemas[name]['default'])}"
+        meaning = field.description or types[name].__doc__ or ""
+        yield from ("", *(f"   {line}" for line in restructured(meaning.splitlines())))
+        yield from ("", f"   {_bounds(schemas[name])}")
 
 
-def _limits(schema: Mapping[str, object]) -> str:
-    """A field's default and bounds in words."""
-    default = schema.get("default")
-    if "default" not in schema:
-        said = ["Required"]
-    elif isinstance(default, Mapping) and default:
-        said = ["Default: its own defaults"]
-    else:
-        said = [f"Default: `{default!r}`"]
+def _default(value: object) -> str:
+    """As in a config file; a part has its own defaults."""
+    return "{...}" if isinstance(value, Mapping) and value else repr(value)
+
+
+def _bounds(schema: Mapping[str, Any]) -> str:
+    """What the numbers of a field may be, in words."""
     ranges = [schema, *schema.get("anyOf", [])]
-    said += [f"{words} {bounds[key]:g}" for bounds in ranges for key, words in _BOUNDS.items() if key in bounds]
-    return f"{'; '.join(said)}."
+    said = [f"{words} {bounds[key]:g}" for bounds in ranges for key, words in _BOUNDS.items() if key in bounds]
+    return f"Allowed: {', '.join(said)}." if said else ""
 
 
 def _skip_fields(app: Sphinx, what: str, name: str, obj: object, skip: bool, options: object) -> bool | None:

@@ -43,6 +43,7 @@ def _entry(app: Sphinx, notebook: str, docname: str) -> nodes.figure:
     place = app.builder.get_relative_uri(docname, notebook)
     caption = nodes.caption("", "", nodes.reference("", title, internal=True, refuri=place))
     picture = next(app.env.get_doctree(notebook).findall(nodes.image)).deepcopy()
-    picture.attributes.update(alt=title, width="100%")
+    picture["alt"] = title
+    picture.attributes.pop("width", None)
     linked = nodes.reference("", "", picture, internal=True, refuri=place)
     return nodes.figure("", linked, caption, ids=[nodes.make_id(notebook)])

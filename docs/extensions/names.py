@@ -41,11 +41,6 @@ def exports(module: str) -> dict[str, str]:
     return {name: _definition(module, name) for name in exporting.__all__ if not name.startswith("__")}
 
 
-def reexports(module: str) -> list[str]:
-    """Full names of what a module exports and another defines."""
-    return [definition for name, definition in exports(module).items() if definition != f"{module}.{name}"]
-
-
 def _definition(package: str, name: str) -> str:
     wanted = getattr(import_module(package), name)
     for module in (*modules(package), *modules("kdkit")):

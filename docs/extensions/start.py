@@ -1,4 +1,4 @@
-"""The README is the start page; what it leads to in the docs alone is not written in it."""
+"""The README is the start page; what lies beside it in the docs is not written in it."""
 
 from sphinx.application import Sphinx
 
@@ -8,8 +8,9 @@ CONTENTS = """
 :glob:
 
 docs/gallery
-docs/api
+docs/commands
 **/README
+API <docs/api/kdkit>
 ```
 """
 
