@@ -1,12 +1,15 @@
 """Sphinx's settings. The source folder is the repository itself, so that links between READMEs and notebooks hold."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(DOCS)]
+
+from sphinx.application import Sphinx  # noqa: E402
 
 import kdkit  # noqa: E402
 
@@ -35,6 +38,7 @@ templates_path = ["templates"]
 
 # API: every module, each name where it is defined.
 autosummary_generate = False  # extensions/pages.py writes the pages
+autodoc_default_options = {"members": True, "ignore-module-all": True, "special-members": "__call__"}
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False  # those of torch and transformers speak of other things
 autodoc_typehints_format = "short"
@@ -66,3 +70,13 @@ html_css_files = ["gallery.css"]
 html_additional_pages = {"index": "index.html"}  # README.html is the start page; index.html leads to it
 html_copy_source = False
 html_show_copyright = False
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("sphinx-click-process-options", _plain_paths)
+
+
+def _plain_paths(app: Sphinx, context: object, lines: list[str]) -> None:
+    """Defaults that are paths, as they are typed."""
+    lines[:] = [re.sub(r"PosixPath\('(.*?)'\)", r"\1", line) for line in lines]

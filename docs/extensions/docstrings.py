@@ -1,6 +1,6 @@
 """The docstrings of kdkit as reStructuredText.
 
-They are plain text with Google's sections and with Markdown's backticks and indented blocks; `*` and `|` mean themselves.
+They are plain text with Google's sections and Markdown's backticks and indented blocks; `*` and `|` mean themselves.
 Sphinx's napoleon reads the sections. What it, or reStructuredText, would take for something else is written out here.
 """
 
@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterator
 from itertools import groupby
 
+from docutils import nodes
 from sphinx.application import Sphinx
 
-_BEFORE_NAPOLEON, _AFTER_NAPOLEON = 400, 600
+_BEFORE_NAPOLEON = 400
 _OF_VALUES = {"attribute", "data", "property"}
 _SECTION = re.compile(r"(Args|Returns|Yields|Raises):$")
 _RESULT = re.compile(r"^((?:Returns|Yields):\n +)", re.MULTILINE)
@@ -23,7 +24,7 @@ _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", _rewrite, priority=_BEFORE_NAPOLEON)
-    app.connect("autodoc-process-docstring", _set_dashes, priority=_AFTER_NAPOLEON)
+    app.connect("doctree-read", _set_dashes)
     return {"parallel_read_safe": True}
 
 
@@ -33,8 +34,11 @@ def _rewrite(app: Sphinx, what: str, name: str, obj: object, options: object, li
         lines[0] = f": {lines[0]}"  # else what stands before the first colon becomes the type
 
 
-def _set_dashes(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    lines[:] = [line.replace("** -- ", "** – ", 1) for line in lines]
+def _set_dashes(app: Sphinx, doctree: nodes.document) -> None:
+    """After the name of a parameter or an exception; smartquotes would set them in `--set` too."""
+    for text in list(doctree.findall(nodes.Text)):
+        if text.startswith(" -- "):
+            text.parent.replace(text, nodes.Text(text.replace(" -- ", " – ", 1)))
 
 
 def restructured(lines: list[str]) -> list[str]:
@@ -48,7 +52,7 @@ def restructured(lines: list[str]) -> list[str]:
     written: list[str] = []
     for verbatim, block in groupby(_marked(lines), key=lambda marked: marked[0]):
         content = [line for _, line in block]
-        written += ["::", "", *content, ""] if verbatim else _prose("\n".join(content)).split("\n")
+        written += [".. code-block:: text", "", *content, ""] if verbatim else _prose("\n".join(content)).split("\n")
     return written
 
 

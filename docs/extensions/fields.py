@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
-from typing import Any, get_type_hints
+from typing import Any, Protocol, get_type_hints
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from sphinx.application import Sphinx
 from sphinx.util.typing import stringify_annotation
 
@@ -42,23 +43,23 @@ def described(model: type[BaseModel]) -> Iterator[str]:
     for name, field in model.model_fields.items():
         shown = stringify_annotation(types[name], "smart", short_literals=True)
         yield from ("", f".. py:attribute:: {name}", f"   :type: {shown}")
-        if "default" in schemas[name]:
-            yield f"   :value: {_default(schemas[name]['default'])}"
-        meaning = field.description or types[name].__doc__ or ""
+        if not field.is_required():
+            yield f"   :value: {_default(field, schemas[name])}"
+        meaning = f"{field.description or types[name].__doc__ or ''}{_bounds(schemas[name])}"
         yield from ("", *(f"   {line}" for line in restructured(meaning.splitlines())))
-        yield from ("", f"   {_bounds(schemas[name])}")
 
 
-def _default(value: object) -> str:
-    """As in a config file; a part has its own defaults."""
-    return "{...}" if isinstance(value, Mapping) and value else repr(value)
+def _default(field: FieldInfo, schema: Mapping[str, object]) -> str:
+    """As it would stand in a config file; a part of the config has its own."""
+    value = schema.get("default", field.get_default(call_default_factory=True))
+    return "{...}" if "$ref" in str(schema) and isinstance(value, Mapping) else repr(value)
 
 
 def _bounds(schema: Mapping[str, Any]) -> str:
     """What the numbers of a field may be, in words."""
     ranges = [schema, *schema.get("anyOf", [])]
     said = [f"{words} {bounds[key]:g}" for bounds in ranges for key, words in _BOUNDS.items() if key in bounds]
-    return f"Allowed: {', '.join(said)}." if said else ""
+    return f" Allowed: {', '.join(said)}." if said else ""
 
 
 def _skip_fields(app: Sphinx, what: str, name: str, obj: object, skip: bool, options: object) -> bool | None:
@@ -70,7 +71,8 @@ def _skip_fields(app: Sphinx, what: str, name: str, obj: object, skip: bool, opt
 def _leave_out_signature(
     app: Sphinx, what: str, name: str, obj: object, options: object, signature: str | None, returned: str | None
 ) -> tuple[str, None] | None:
-    return ("", None) if name in models() else None  # all fields again, in one line
+    """Of a model, which would be all its fields in one line; of a protocol, which nobody makes."""
+    return ("", None) if name in models() or Protocol in getattr(obj, "__bases__", ()) else None
 
 
 def _append_fields(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:

@@ -35,9 +35,8 @@ def _write(app: Sphinx) -> None:
 
 def page(module: str) -> str:
     """The page of a module: its docstring and members, what it exports of others, the modules below it."""
-    members = [".. automodule::" + f" {module}", "   :members:", "   :ignore-module-all:", ""]
     elsewhere = [place for name, place in exports(module).items() if place != f"{module}.{name}"]
-    lines = [module, "=" * len(module), "", *members]
+    lines = [module, "=" * len(module), "", f".. automodule:: {module}", ""]
     if elsewhere:
         lines += _exported(elsewhere)
     if submodules(module):
