@@ -59,6 +59,7 @@ nb_execution_cache_path = str(ROOT / "build" / "docs" / "notebooks" / SIZE.repla
 nb_execution_in_temp = True
 nb_execution_timeout = 1800
 nb_execution_raise_on_error = True
+nb_execution_show_tb = True
 nb_merge_streams = True
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
