@@ -1,5 +1,8 @@
 """`{gallery}`: each executed notebook by its first picture and its title, as a link to it."""
 
+from collections.abc import Iterator
+from itertools import islice
+
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
@@ -41,9 +44,17 @@ def _entry(app: Sphinx, notebook: str, docname: str) -> nodes.figure:
     """A figure that leads to the notebook."""
     title = app.env.titles[notebook].astext()
     place = app.builder.get_relative_uri(docname, notebook)
+    pictures = [picture.deepcopy() for picture in islice(_outputs(app.env, notebook), 1)]
+    for picture in pictures:
+        picture["alt"] = title
+        picture.attributes.pop("width", None)
+    linked = nodes.reference("", "", *pictures, internal=True, refuri=place)
     caption = nodes.caption("", "", nodes.reference("", title, internal=True, refuri=place))
-    picture = next(app.env.get_doctree(notebook).findall(nodes.image)).deepcopy()
-    picture["alt"] = title
-    picture.attributes.pop("width", None)
-    linked = nodes.reference("", "", picture, internal=True, refuri=place)
     return nodes.figure("", linked, caption, ids=[nodes.make_id(notebook)])
+
+
+def _outputs(env: BuildEnvironment, notebook: str) -> Iterator[nodes.image]:
+    """Pictures that cells made, which a badge in the text is not."""
+    for container in env.get_doctree(notebook).findall(nodes.container):
+        if "cell_output" in container["classes"]:
+            yield from container.findall(nodes.image)
