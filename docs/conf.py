@@ -53,6 +53,7 @@ napoleon_numpy_docstring = False
 napoleon_use_param = False  # one entry for "a, b: as for ..."; types stand in the signature
 
 # Gallery: run once for each size, then taken from the cache until a notebook changes.
+# After a change to kdkit that should show in them, delete build/docs/notebooks.
 SIZE = os.environ.get("KDKIT_SIZE", "default")
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(ROOT / "build" / "docs" / "notebooks" / SIZE.replace(" ", "-"))
