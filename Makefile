@@ -1,13 +1,14 @@
-# make demo | test | lint | bench | kaggle: each sets up .venv on first use.
+# make demo | test | lint | bench | docs | kaggle: each sets up .venv on first use.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 # Tiny models gain nothing from a second thread, and two test processes fill two cores.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: demo test test-all lint bench kaggle owner clean
+.PHONY: demo test test-all lint bench docs kaggle owner clean
 
 $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -15,6 +16,10 @@ $(STAMP): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP) docs/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
 	@touch $@
 
 demo: $(STAMP)
@@ -40,5 +45,10 @@ kaggle: owner $(STAMP)
 owner:
 	@test -n "$(OWNER)" || { echo "name the Kaggle account: make kaggle OWNER=name"; exit 2; }
 
+# KDKIT_SIZE=smoke makes the notebooks short; those that have not changed are not run again.
+docs: $(DOCS_STAMP)
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --conf-dir docs --doctree-dir build/docs/doctrees . build/docs/html
+	@echo "build/docs/html/index.html"
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist docs/api *.egg-info

@@ -128,3 +128,4 @@ def _fields(template: str) -> set[str]:
 
 
 TEMPLATES: dict[str, Template] = {"alpaca": _alpaca, "plain": _plain, "chat": _chat}
+"""Every template by name: a question, and the tokenizer for `chat`, to a prompt."""

@@ -12,6 +12,7 @@ from kdkit.errors import UserError
 from kdkit.teacher.signal import Head
 
 TokenizerKind = Literal["same", "padded", "different"]
+"""How two tokenizers compare: padded have the same vocabulary, but models of different widths."""
 
 # What families do to logits beside the matrix product: config attribute -> exponent of the factor on the logits.
 HEAD_FACTORS: dict[str, int] = {

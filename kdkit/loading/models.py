@@ -27,6 +27,7 @@ from kdkit.runtime import GIB, preserved_rng_state
 logger = logging.getLogger(__name__)
 
 Quantization = Literal["nf4", "int8"]
+"""Weights in 4 or in 8 bits."""
 
 INT8_CAPABILITY = (7, 5)  # bitsandbytes documents LLM.int8 from here on; NF4 needs 6.0
 _NUM_NAMES_SHOWN = 3

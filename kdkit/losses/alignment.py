@@ -20,8 +20,9 @@ from kdkit.softdtw.divergence import combine_terms, stack_problems, zero_padding
 class AdaptiveBand:
     """A soft band that follows the alignment found so far, one centre and width for each unit.
 
-    centre = mix * expected position + (1 - mix) * diagonal position
-    half-width = half_width + entropy_scale * entropy of the unit's expected alignment, in nats
+        centre = mix * expected position + (1 - mix) * diagonal position
+        half-width = half_width + entropy_scale * entropy of the unit's expected alignment, in nats
+
     Outside, the cost grows by `penalty`, reached over one unit of distance.
 
     Source: WARD and DWA-KD (arXiv:2602.21669), whose values are the defaults. Differs: the penalty

@@ -365,3 +365,4 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "skew_reverse_kl": skew_reverse_kl,
     "alpha_beta": alpha_beta,
 }
+"""Every divergence by its name in a config."""

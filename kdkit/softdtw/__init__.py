@@ -1,11 +1,13 @@
 """Soft-DTW: a differentiable cost of aligning two sequences, batched and ragged; knows torch only.
 
-band            which cells an alignment may use
-cost            pairwise costs of two sequences of vectors
-api             soft_dtw and its gradient, the expected alignment; checks and dispatch
-divergence      soft-DTW without its bias
-reference       backend "reference": naive float64 loops, the definition
-anti_diagonal   backend "torch": CPU and CUDA (MPS has no float64)
+From the ground up:
+
+    band            which cells an alignment may use
+    cost            pairwise costs of two sequences of vectors
+    api             soft_dtw and its gradient, the expected alignment; checks and dispatch
+    divergence      soft-DTW without its bias
+    reference       backend "reference": naive float64 loops, the definition
+    anti_diagonal   backend "torch": CPU and CUDA (MPS has no float64)
 """
 
 from kdkit.softdtw.api import (

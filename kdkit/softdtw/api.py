@@ -214,4 +214,5 @@ def checked_lengths(lengths: Tensor | None, name: str, size: tuple[int, int]) ->
 
 
 BACKENDS: dict[str, Backend] = {"reference": reference.align, "torch": anti_diagonal.align}
+"""Every backend by name."""
 DEFAULT_BACKEND = "torch"

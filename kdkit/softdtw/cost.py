@@ -59,3 +59,4 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cosine": _cosine_cost,
     "sqeuclidean": _squared_distance,
 }
+"""Every metric of `pairwise_cost` by name."""

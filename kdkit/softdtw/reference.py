@@ -1,8 +1,10 @@
 """Soft-DTW as its definition reads: Python loops over cells, in float64. For tests, never for work.
 
-R[i, j] = C[i, j] + softmin(R[i-1, j-1], R[i-1, j], R[i, j-1]),  R[0, 0] = C[0, 0]
-softmin(a) = -gamma log sum exp(-a / gamma);   the value is R[n-1, m-1]
-E[i, j] = d value / d C[i, j] = sum over successors s of E[s] exp((R[s] - C[s] - R[i, j]) / gamma)
+With costs C of n rows and m columns:
+
+    R[i, j] = C[i, j] + softmin(R[i-1, j-1], R[i-1, j], R[i, j-1]),  R[0, 0] = C[0, 0]
+    softmin(a) = -gamma log sum exp(-a / gamma);   the value is R[n-1, m-1]
+    E[i, j] = d value / d C[i, j] = sum over successors s of E[s] exp((R[s] - C[s] - R[i, j]) / gamma)
 """
 
 import math

@@ -24,7 +24,9 @@ from kdkit.training.rollout.guard import REASONS, Guard, Verdict
 from kdkit.training.rollout.threshold import AdaptiveThreshold, CollapseRule, Shares, TextCounts, shares
 
 TEXTS_FILE = "rollout.safetensors"
+"""Texts of the replay buffer in a checkpoint."""
 STATE_FILE = "rollout.json"
+"""The rest of a rollout's state in a checkpoint."""
 Source = Literal["gold", "fresh", "replayed", "empty"]
 SOURCES: tuple[Source, ...] = get_args(Source)
 Figures = dict[str, tuple[float, float]]

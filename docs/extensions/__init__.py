@@ -1,0 +1,1 @@
+"""What Sphinx does not know of this project."""
