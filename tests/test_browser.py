@@ -154,6 +154,6 @@ class TestLiveControls:
         changed, before, after, saved = steered.text(1).split()
         assert (before, after) == ("2.0", changed)
         assert float(changed) == pytest.approx(2.0 * 2**0.05)
-        assert saved == "1"
+        assert saved == "2"  # at the pause and at the stop
         assert steered.red() == []
         assert steered.problems == []

@@ -62,8 +62,8 @@ class TestExplorer:
         assert shown.png.startswith(PNG_MAGIC)
         assert shown.png != before
         assert shown.alt == "bar of height 2 & more"
-        assert base64.b64encode(shown.png).decode() in shown.picture.value
-        assert 'alt="bar of height 2 &amp; more"' in shown.picture.value
+        assert base64.b64encode(shown.png).decode() in shown.picture.widget().value
+        assert 'alt="bar of height 2 &amp; more"' in shown.picture.widget().value
 
     def test_every_control_is_passed_on_by_name(self, shown, drawn):
         shown.widgets["shape"].value = "column"
@@ -79,10 +79,10 @@ class TestExplorer:
 
     def test_what_cannot_be_drawn_is_said_below_the_last_picture_until_another_can(self, shown):
         shown.widgets["height"].value = 2
-        last = shown.picture.value
+        last = shown.picture.widget().value
         shown.widgets["height"].value = 3
         assert shown.message.value == '<b role="alert">3 is &lt;too&gt; high</b>'
-        assert shown.picture.value == last
+        assert shown.picture.widget().value == last
         shown.widgets["height"].value = 2
         assert shown.message.value == ""
 
@@ -97,7 +97,7 @@ class TestExplorer:
         assert bundle[VIEW] == {"version_major": 2, "version_minor": 0, "model_id": shown.box.model_id}
         assert base64.b64decode(bundle["image/png"]) == shown.png
         assert bundle["text/plain"] == metadata["image/png"]["alt"] == "bar of height 1 & more"
-        assert shown.box.children == (*shown.widgets.values(), shown.picture, shown.message)
+        assert shown.box.children == (*shown.widgets.values(), shown.picture.widget(), shown.message)
 
     @pytest.mark.parametrize("why", ["batch", "no ipywidgets"])
     def test_where_nobody_could_move_it_there_is_the_picture_alone(self, monkeypatch, why):
@@ -211,9 +211,9 @@ SET = """
 import hashlib
 for shown in (threshold, temperature, alignment):
     for name, control in shown.controls.items():
-        before = hashlib.sha256(shown.picture.value.encode()).hexdigest()
+        before = hashlib.sha256(shown.picture.widget().value.encode()).hexdigest()
         shown.widgets[name].value = next(v for _, v in control.options if v != shown.widgets[name].value)
-        after = hashlib.sha256(shown.picture.value.encode()).hexdigest()
+        after = hashlib.sha256(shown.picture.widget().value.encode()).hexdigest()
         print(name, "changed" if after != before else "stayed", shown.message.value)
 """
 
