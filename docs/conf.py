@@ -54,6 +54,7 @@ napoleon_use_param = False  # one entry for "a, b: as for ..."; types stand in t
 
 # Gallery: run once for each size, then taken from the cache until a notebook changes.
 # After a change to kdkit that should show in them, delete build/docs/notebooks.
+os.environ["KDKIT_BATCH"] = "1"  # pictures instead of sliders, which would need a kernel
 SIZE = os.environ.get("KDKIT_SIZE", "default")
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(ROOT / "build" / "docs" / "notebooks" / SIZE.replace(" ", "-"))

@@ -350,6 +350,11 @@ def set_rng_state(state: Mapping[str, "torch.Tensor"]) -> None:
 _PROXIES = ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
 
 
+def is_batch() -> bool:
+    """Whether a notebook runs with nobody there: a batch session of Kaggle, or anywhere with KDKIT_BATCH=1."""
+    return os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch" or os.environ.get("KDKIT_BATCH") == "1"
+
+
 def hub_answers() -> bool:
     """Whether the model hub's name resolves; without this, each file asked for offline costs some 20 s of retries."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):

@@ -186,6 +186,18 @@ for name in ("unguarded", "guarded"):
         print(f"  {text['age_steps']:3} steps old, teacher {text['teacher_logprob']:6.2f}: {text['text']}")
 
 # %% [markdown]
+# ## A slider: the threshold
+#
+# Eighteen pairs of runs that were made before (`data/demo/threshold_sweep.yaml`): the same weak start,
+# then 160 steps of skew reverse KL with a share φ of own text, with and without guard and collapse
+# rule. Your own sweep can be shown as well: `threshold_explorer({"mine": "runs/sweep"})`.
+
+# %%
+from kdkit.widgets import threshold_explorer
+
+threshold_explorer()
+
+# %% [markdown]
 # ## DistiLLM's own schedule
 #
 # With `rollout.mode=adaptive` the threshold starts at 0 and rises by 0.1 whenever the validation loss

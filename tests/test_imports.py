@@ -63,7 +63,8 @@ SPLIT = {"data", "teacher", "training"}
 
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "ipywidgets", "matplotlib", "pandas", "scipy", "torch"}
 HEAVY |= {"transformers"}
-LIGHT = ("attached", "errors", "schedules", "config", "runtime", "plots", "memory", "doctor", "cli", "session")
+LIGHT = ("attached", "errors", "schedules", "config", "runtime", "plots", "memory", "doctor", "cli")
+LIGHT += ("session.packages", "session.place")  # a notebook calls them before anything is installed
 TORCH_ONLY = ("losses", "softdtw", "teacher.signal")
 PRESENTATION = {"inspection", "notebook", "plots", "widgets", "report"}
 

@@ -31,7 +31,7 @@ CARD = Preflight("cuda", 2, "Tesla T4", (7, 5), ("sm_75",), int(14.6 * GIB), ok=
 @pytest.fixture(autouse=True)
 def clean(monkeypatch, tmp_path):
     """Nothing of this machine: no network, nothing attached, no variable of Kaggle's or the hub's."""
-    for name in ("KAGGLE_KERNEL_RUN_TYPE", "HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", *runtime._PROXIES):
+    for name in ("KAGGLE_KERNEL_RUN_TYPE", "KDKIT_BATCH", "HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", *runtime._PROXIES):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(attached.INPUTS_VARIABLE, str(tmp_path / "input"))
     monkeypatch.setattr(place, "SCRATCH", tmp_path / "scratch")
@@ -89,6 +89,12 @@ class TestBegin:
         monkeypatch.setitem(sys.modules, "kaggle_secrets", module)
         monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
         return held
+
+    def test_a_batch_elsewhere_is_one_too(self, monkeypatch, capsys):
+        monkeypatch.setenv("KDKIT_BATCH", "1")
+        session = begin()
+        assert (session.is_kaggle, session.is_batch) == (False, True)
+        assert "not Kaggle, as a batch" in capsys.readouterr().out
 
     def test_the_token_comes_from_the_secrets(self, secrets, monkeypatch, capsys):
         monkeypatch.setenv("HF_TOKEN", "")  # so that it is put back afterwards

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kdkit.attached import inputs
 from kdkit.errors import UserError
-from kdkit.runtime import GIB, Preflight, environment, hub_answers, preflight, usable_dtype
+from kdkit.runtime import GIB, Preflight, environment, hub_answers, is_batch, preflight, usable_dtype
 from kdkit.session.packages import install_lacking, old_torchao
 from kdkit.training.stopping import StopRequest
 
@@ -35,7 +35,7 @@ class Session:
     machine: Preflight
     is_kaggle: bool
     is_batch: bool
-    """Nobody is there: Kaggle runs the notebook from top to bottom and saves it."""
+    """Nobody is there: the notebook runs from top to bottom, and an error would lose what Kaggle saves."""
     has_internet: bool
     hours: float
     """Budget."""
@@ -92,7 +92,7 @@ def begin(*, hours: float = BUDGET_HOURS) -> Session:
     machine = preflight()
     if not machine.ok:
         raise UserError(f"{machine.problem}\n-> {machine.remedy}\n   then restart the session")
-    session = Session(machine, kind is not None, kind == "Batch", has_internet, hours)
+    session = Session(machine, kind is not None, is_batch(), has_internet, hours)
     for line in _findings(session, installed):
         print(line)
     return session
@@ -134,7 +134,7 @@ def _findings(session: Session, installed: Sequence[str]) -> Iterator[str]:
     card = f"{machine.num_devices} x {machine.name}" if machine.device == "cuda" else f"CPU ({machine.name})"
     dtype = usable_dtype(machine.device, machine.capability)
     yield f"{card}, {machine.total_memory_bytes / GIB:.1f} GiB; {dtype.dtype}: {dtype.reason}"
-    place = "Kaggle" + (", as a batch" if session.is_batch else "") if session.is_kaggle else "not Kaggle"
+    place = ("Kaggle" if session.is_kaggle else "not Kaggle") + (", as a batch" if session.is_batch else "")
     free = shutil.disk_usage(Path.cwd()).free
     yield (
         f"{place}; internet {'on' if session.has_internet else 'off'}; {free / GIB:.0f} GiB of disk free; training "

@@ -1,6 +1,5 @@
 """The one mechanism of all sliders: controls beside the picture that a function draws for their values."""
 
-import os
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,6 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 from kdkit.errors import UserError
+from kdkit.runtime import is_batch
 from kdkit.widgets.picture import Bundle, Picture, drawn
 
 if TYPE_CHECKING:
@@ -114,8 +114,8 @@ class Explorer:
 
 
 def has_front_end() -> bool:
-    """Whether someone could move a slider: no in a Kaggle batch run, and without ipywidgets."""
-    return os.environ.get("KAGGLE_KERNEL_RUN_TYPE") != "Batch" and find_spec("ipywidgets") is not None
+    """Whether someone could move a slider: no in a batch session, and without ipywidgets."""
+    return not is_batch() and find_spec("ipywidgets") is not None
 
 
 def _check_start(control: Control) -> None:
