@@ -21,6 +21,7 @@ from kdkit.plots import (
     intervals_over,
     plot_comparison,
     plot_evaluations,
+    plot_live,
     plot_rollout,
     plot_sweep,
     plot_training,
@@ -414,6 +415,9 @@ class _Run:
         if any(row.get("kind") == "train" for row in self.metrics):
             caption = f"Loss, its parts before their weights, weights and learning rate while training{of_run}."
             shown.append(Illustration(plot_training(self.metrics), caption))
+        if any(row.get("kind") == "change" for row in self.metrics):
+            caption = f"What was changed by hand while it trained{of_run}; the log repeats it: --replay metrics.jsonl."
+            shown.append(Illustration(plot_live(self.metrics), caption))
         measured = [row for row in self.metrics if row.get("kind") == "eval" and {"rouge_l", "perplexity"} & set(row)]
         if len(measured) > 1:  # one point is no curve
             shown.append(Illustration(plot_evaluations(self.metrics), f"Validation rows while training{of_run}."))

@@ -194,6 +194,15 @@ class TestWriteRunReport:
         assert "seed: 10" in page.text
         assert "ab" * 32 in page.text
 
+    def test_what_was_changed_by_hand_has_a_figure_of_its_own(self, tmp_path):
+        folder = make_run(tmp_path / "r")
+        change = {"kind": "change", "stage": "distill", "step": 10, "objective.kd.temperature": 4.0}
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(change) + "\n")
+        page = Page(write_run_report(folder))
+        assert len(page.images) == 4
+        assert "What was changed by hand while it trained" in page.text
+
     def test_shows_the_first_rows_teacher_first(self, tmp_path):
         text = Page(write_run_report(make_run(tmp_path / "r"))).text
         for i in range(NUM_EXAMPLES):
