@@ -97,7 +97,8 @@ def _draw_knobs(axes: "Axes", rows: Sequence[Row], begins: Mapping[str, float]) 
         draw_stages(axes, rows, name, begins, color=colour, label=label, drawstyle="steps-pre", linewidth=width)
     axes.set_ylabel("knobs")
     axes.set_ylim(bottom=0)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    if shown:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     axes.axhline(0, color=FAINT, linewidth=0.5)
 
 
