@@ -76,7 +76,7 @@ session = begin(hours=float(os.environ.get("KDKIT_HOURS", "11")))
 # attach the output of the stopped version first.
 
 # %% tags=["parameters"]
-PAIR = "gpt2-dolly" if session.suits_large_models else "demo"
+PAIR = "gpt2-dolly" if session.suits("gpt2-dolly") else "demo"
 SIZE = os.environ.get("KDKIT_SIZE", "10 minutes")  # or "1 hour", "11 hours"
 CHANGES = ["teacher.device=cuda:1"] if session.machine.num_devices > 1 else []
 HUB = None  # "you/student": also push the student there, as a private repository

@@ -73,7 +73,7 @@ session = begin(hours=float(os.environ.get("KDKIT_HOURS", "11")))
 # Running the notebook again goes on where it stopped.
 
 # %% tags=["parameters"]
-PAIR = "gpt2-dolly" if session.suits_large_models else "demo"
+PAIR = "gpt2-dolly" if session.suits("gpt2-dolly") else "demo"
 SIZE = os.environ.get("KDKIT_SIZE", "5 minutes")  # or "1 hour"
 THRESHOLD = 0.8
 CHANGES = ["teacher.device=cuda:1"] if session.machine.num_devices > 1 else []  # what `kdkit distill --set` takes

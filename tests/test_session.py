@@ -170,11 +170,14 @@ class TestSession:
         ],
     )
     def test_large_models_want_a_card_and_somewhere_to_come_from(self, machine, internet, suits):
-        assert make_session(machine=machine, has_internet=internet).suits_large_models == suits
+        assert make_session(machine=machine, has_internet=internet).suits("gpt2-dolly") == suits
 
-    def test_offline_they_may_come_from_what_is_attached(self, tmp_path):
-        (tmp_path / "input").mkdir()
-        assert make_session(machine=CARD).suits_large_models
+    def test_offline_all_of_them_have_to_be_attached(self, tmp_path):
+        parts = ["teacher-gpt2-1.5b/1/config.json", "gpt2/1/config.json", "databricks-dolly-15k/rows.jsonl"]
+        for number, part in enumerate(parts):
+            assert not make_session(machine=CARD).suits("gpt2-dolly"), f"{number} of {len(parts)} are attached"
+            touch(tmp_path / "input", part)
+        assert make_session(machine=CARD).suits("gpt2-dolly")
 
     def test_hours_on_a_card_of_kaggle_are_a_share_of_the_week(self):
         assert make_session(machine=CARD, is_kaggle=True).quota(3) == "3.0 h, 10% of a week's 30 GPU hours"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from kdkit.attached import inputs
+from kdkit.attached import find_model, find_rows
 from kdkit.errors import UserError
 from kdkit.runtime import GIB, Preflight, environment, hub_answers, is_batch, preflight, usable_dtype
 from kdkit.session.packages import install_lacking, old_torchao
@@ -50,11 +50,21 @@ class Session:
         """Of the budget; 0 when it is used up."""
         return max(self.deadline - time.monotonic(), 0.0) / 3600
 
-    @property
-    def suits_large_models(self) -> bool:
-        """A card of about 16 GB, and somewhere to load models from."""
-        has_source = self.has_internet or inputs().is_dir()
-        return self.machine.device == "cuda" and self.machine.total_memory_bytes >= LARGE_CARD_BYTES and has_source
+    def suits(self, preset: str) -> bool:
+        """Whether a preset of large models can run: a card of about 16 GB, and its models and rows online or attached.
+
+        Args:
+            preset: its name; it names models and rows of the hub.
+        Raises:
+            UserError: there is no such preset, or something it needs is attached more than once.
+        """
+        from kdkit.config import load_config  # begin may have had to install what it needs
+
+        config = load_config(preset)
+        if self.machine.device != "cuda" or self.machine.total_memory_bytes < LARGE_CARD_BYTES:
+            return False
+        models, rows = (config.teacher.path, config.student.path), config.data.train.partition("#")[0]
+        return self.has_internet or (all(map(find_model, models)) and find_rows(rows) is not None)
 
     def stop_request(self) -> StopRequest:
         """Stops a run at the deadline, or before."""
