@@ -139,8 +139,7 @@ show(plot_comparison(comparison, student="guarded", baseline="unguarded"))
 # %% [markdown]
 # ## The unguarded run
 #
-# Above, where the training rows came from. In the middle, φ and the validation ROUGE-L on one time
-# axis. Below, what a guard would refuse: nothing, there is none.
+# Above, where the training rows came from. Below, φ and the validation ROUGE-L on one time axis.
 
 # %%
 from kdkit.training.folder import RunFolder
@@ -151,8 +150,8 @@ show(plot_rollout(metrics["unguarded"]))
 # %% [markdown]
 # ## The guarded run
 #
-# The same threshold. What the guard refuses does not enter the buffer, and gold rows take its place:
-# the weaker the student, the less of its text is used.
+# The same threshold. What the guard refuses, and why, is the panel below: it does not enter the
+# buffer, and gold rows take its place. The weaker the student, the less of its text is used.
 
 # %%
 show(plot_rollout(metrics["guarded"]))

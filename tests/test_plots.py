@@ -341,6 +341,13 @@ class TestPlotRollout:
         assert [text.get_text() for text in refused.get_legend().get_texts()] == ["no end", "repeats"]
         assert lines_of(rouge)["_child0"] == ([20.0], [6.0])
 
+    def test_without_a_guard_there_is_no_panel_of_what_it_refuses(self):
+        kept = ("guard", "pass_fraction", "refused/")
+        rows = [{k: v for k, v in row.items() if not any(name in k for name in kept)} for row in rollout_rows()]
+        labels = [axes.get_ylabel() for axes in plot_rollout(rows).axes]
+        assert not any("generated texts" in label for label in labels)
+        assert len(labels) == 3  # the mix, the threshold, and ROUGE-L on the same panel
+
     def test_rows_without_a_rollout_are_refused(self):
         with pytest.raises(UserError, match="speaks of a rollout"):
             plot_rollout(kd_rows())

@@ -41,7 +41,8 @@ def plot_rollout(metrics_rows: Sequence[Row]) -> "Figure":
     Args:
         metrics_rows: rows of metrics.jsonl in order, some of which speak of a rollout. Stages follow each other.
     Returns:
-        Figure of three panels with one step axis; a dotted line marks where the threshold was taken back.
+        Figure of two panels with one step axis, and a third where texts were refused or a guard was there to do so; a
+        dotted line marks where the threshold was taken back.
     Raises:
         UserError: no row speaks of a rollout.
     """
@@ -50,16 +51,20 @@ def plot_rollout(metrics_rows: Sequence[Row]) -> "Figure":
     if not rows:
         raise UserError("no row of the metrics speaks of a rollout: the run trained on no text of the student")
     evaluations = [row for row in metrics_rows if row.get("kind") == "eval"]
-    figure, (mix_axes, threshold_axes, refused_axes) = stacked_panels(3, height=7.0, ratios=(1.2, 1.5, 1.2))
+    is_judged = bool(refusals(rows)) or any(f"{PREFIX}pass_fraction" in row for row in rows)
+    ratios = (1.2, 1.5, 1.2) if is_judged else (1.2, 1.5)
+    figure, panels = stacked_panels(len(ratios), height=1.8 * sum(ratios), ratios=ratios)
+    mix_axes, threshold_axes = panels[:2]
     steps = run_steps(rows, begins)
     _draw_sources(mix_axes, steps, rows)
     _draw_threshold(threshold_axes, steps, rows)
     _draw_rouge_l(threshold_axes, run_steps(evaluations, begins), evaluations)
     for step in run_steps([row for row in evaluations if _is_taken_back(row)], begins):
         threshold_axes.axvline(step, color=RED, linewidth=1.2, linestyle=":")
-    _draw_refusals(refused_axes, steps, rows)
-    refused_axes.set_xlabel("optimizer steps")
-    mark_stages((mix_axes, threshold_axes, refused_axes), begins)
+    if is_judged:
+        _draw_refusals(panels[2], steps, rows)
+    panels[-1].set_xlabel("optimizer steps")
+    mark_stages(panels, begins)
     figure.suptitle(wrapped(_finding(rows, evaluations)))
     return figure
 
