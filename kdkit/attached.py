@@ -14,6 +14,8 @@ from kdkit.errors import UserError
 INPUTS_VARIABLE = "KDKIT_INPUTS"
 ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
+_ABOUT_ROWS = ("dataset_info", "dataset-metadata")
+"""Beginnings of the names of files that describe rows and hold none."""
 _BETWEEN = {"models", "datasets", "transformers", "pytorch", "huggingface", "default", "snapshots"}
 """Folders that Kaggle or the hub's cache puts between the parts of a name."""
 
@@ -53,10 +55,9 @@ def find_rows(name: str) -> Path | None:
     outermost = [folder for folder in saved if folder.parent not in saved]  # of a folder with splits
     if outermost:
         return _only_one(outermost, name)
-    files = (file for suffix in ROW_SUFFIXES for file in _files(f"*{suffix}"))
-    return _only_one(
-        (file for file in files if _spells(file.parent, plain) or _spells(file.with_suffix(""), plain)), name
-    )
+    files = [file for file in _files("*") if file.suffix in ROW_SUFFIXES and not file.stem.startswith(_ABOUT_ROWS)]
+    own_name = [file for file in files if _spells(file.with_suffix(""), plain)]
+    return _only_one(own_name or (file for file in files if _spells(file.parent, plain)), name)
 
 
 def find_output(path: Path) -> Path | None:

@@ -12,6 +12,7 @@ import re
 import shutil
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -280,14 +281,25 @@ def generator(seed: int, *keys: int | str, device: str = "cpu") -> "torch.Genera
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+_RNG_LOCK = threading.RLock()  # the states are the process's, and a notebook may train in one thread and ask in another
+
+
+@contextmanager
+def undisturbed_rng() -> Iterator[None]:
+    """No other thread that keeps to this draws from the global random states, or puts others in place, meanwhile."""
+    with _RNG_LOCK:
+        yield
+
+
 @contextmanager
 def preserved_rng_state() -> Iterator[None]:
-    """Whatever is drawn inside (generation, evaluation, an initialisation) changes no draw after it."""
-    state = rng_state()
-    try:
-        yield
-    finally:
-        set_rng_state(state)
+    """Whatever is drawn inside (generation, evaluation, an initialisation) changes no draw after it, in any thread."""
+    with undisturbed_rng():
+        state = rng_state()
+        try:
+            yield
+        finally:
+            set_rng_state(state)
 
 
 def rng_state() -> dict[str, "torch.Tensor"]:

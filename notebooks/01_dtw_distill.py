@@ -44,11 +44,13 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from packaging.version import Version
+
 if find_spec("kdkit") is None:
-    wheels = sorted(Path(os.environ.get("KDKIT_INPUTS", "/kaggle/input")).rglob("kdkit-*.whl"))
+    wheels = list(Path(os.environ.get("KDKIT_INPUTS", "/kaggle/input")).rglob("kdkit-*.whl"))
     if not wheels and not Path("../pyproject.toml").is_file():
         raise ModuleNotFoundError("kdkit is not here: attach the dataset of its wheels under Input, and run this again")
-    place = str(wheels[-1]) if wheels else ".."
+    place = str(max(wheels, key=lambda wheel: Version(wheel.name.split("-")[1]))) if wheels else ".."
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", place], check=True)
     importlib.invalidate_caches()
 
@@ -87,8 +89,8 @@ LONG = {"logging": {"every_steps": 100}, "checkpoint": {"every_minutes": 15}}
 SIZES = {
     "smoke": {"optim": {"max_steps": 3}, "data": {"test_rows": 6}, "evaluation": {"max_new_tokens": 8}},
     "10 minutes": {"optim": {"max_steps": 200}, "data": {"test_rows": 150, "validation_rows": 200}},
-    "1 hour": {"optim": {"max_steps": 2_000}, "data": {"train_rows": None}, **LONG},
-    "11 hours": {"optim": {"max_steps": 24_000}, "data": {"train_rows": None}, **LONG},
+    "1 hour": {"optim": {"max_steps": 1_000}, "data": {"train_rows": None}, **LONG},
+    "11 hours": {"optim": {"max_steps": 15_000}, "data": {"train_rows": None}, **LONG},
 }
 
 # %% [markdown]
@@ -272,15 +274,14 @@ hand_over(after.model, hub=HUB)
 # Where nobody can move a slider, it trains here and shows the curves.
 
 # %%
-steps = max(SIZES[SIZE]["optim"]["max_steps"] // 2, 2)
+steps = min(max(SIZES[SIZE]["optim"]["max_steps"] // 2, 2), 300)
 own_text = {"mode": "mixed", "threshold": 0.3, "capacity": 50, "collapse": None}
 looks = [f"optim.max_steps={steps}", "logging.every_steps=2", f"evaluation.every_steps={max(steps // 5, 1)}"]
 live_config = load_config(
     {"preset": [PAIR, "fkl-dtw"], **SIZES[SIZE], "rollout": own_text},
     [*CHANGES, *from_before, *looks, "evaluation.generate_rows=30", "evaluation.teacher=false"],
 )
-live = LiveControls(live_config, RUN / "live", session=session)
-live.start()
+live = LiveControls(live_config, RUN / "live", session=session).start()
 
 # %% [markdown]
 # ## What this did not show

@@ -45,11 +45,13 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from packaging.version import Version
+
 if find_spec("kdkit") is None:
-    wheels = sorted(Path(os.environ.get("KDKIT_INPUTS", "/kaggle/input")).rglob("kdkit-*.whl"))
+    wheels = list(Path(os.environ.get("KDKIT_INPUTS", "/kaggle/input")).rglob("kdkit-*.whl"))
     if not wheels and not Path("../pyproject.toml").is_file():
         raise ModuleNotFoundError("kdkit is not here: attach the dataset of its wheels under Input, and run this again")
-    place = str(wheels[-1]) if wheels else ".."
+    place = str(max(wheels, key=lambda wheel: Version(wheel.name.split("-")[1]))) if wheels else ".."
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", place], check=True)
     importlib.invalidate_caches()
 
@@ -122,6 +124,8 @@ for name, rollout in ARMS.items():
     tree = {"preset": [PAIR, "fkl"], "optim": {"max_steps": NUM_STEPS["arm"]}, "rollout": rollout}
     config = load_config(tree, [*COMMON, *from_start, "evaluation.generate_rows=50", "logging.every_steps=5"])
     results[name] = start_or_resume(config, RUN / name, session=session)
+    if results[name] is None:  # the session's time is over
+        break
 
 # %% [markdown]
 # ## What came out

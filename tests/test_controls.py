@@ -161,6 +161,20 @@ class TestRepeating:
         assert trace(resumed) == trace(turned)
         assert_same_weights(resumed, turned)
 
+    def test_what_was_changed_before_step_1_is_changed_again_where_nothing_was_saved(self, config, tmp_path):
+        """The log had the change and the steps had not."""
+
+        class Crash(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                raise RuntimeError("the machine went away")
+
+        early = Controls([Change("distill", 0, TEMPERATURE, 4.0)])
+        with pytest.raises(RuntimeError, match="went away"):
+            run_distillation(config, tmp_path / "run", controls=early, callbacks=[Crash()])
+        resumed = run_distillation(config, tmp_path / "run", resume=True)
+        steps = [row["kd_temperature"] for row in trace(resumed) if row["kind"] == "train"]
+        assert steps == [4.0] * 6
+
     def test_a_log_that_changes_what_the_run_has_not_is_refused_before_step_1(self, pair, tmp_path):
         config = tiny_config(pair, objective={"lm": {"weight": 1.0}, "kd": {"weight": 0}})
         replay = Controls([Change("distill", 2, TEMPERATURE, 4.0)])
@@ -176,7 +190,8 @@ class TestAsking:
     @pytest.fixture
     def controls(self):
         controls = Controls()
-        controls.values = {KD: 1.0, LM: 0.0, TEMPERATURE: 1.0, THRESHOLD: 0.5}
+        values = {KD: 1.0, LM: 0.0, TEMPERATURE: 1.0, THRESHOLD: 0.5}
+        controls.begin("distill", values, at_end=values)
         return controls
 
     @pytest.mark.parametrize(
@@ -207,6 +222,22 @@ class TestAsking:
         controls.ask(LM, 0.5)
         controls.ask(KD, 0.0)
         assert controls.take("distill", 0) == {LM: 0.5, KD: 0.0}
+
+    def test_nor_the_last_one_that_a_schedule_leaves(self):
+        """kd falls to 0 by its schedule: without lm the rest of the run trained on nothing."""
+        controls = Controls()
+        controls.begin("distill", {KD: 0.9, LM: 0.3}, at_end={KD: 0.0, LM: 0.3})
+        with pytest.raises(UserError, match="without a weight"):
+            controls.ask(LM, 0.0)
+        controls.ask(KD, 0.5)
+        controls.ask(LM, 0.0)
+
+    def test_a_new_stage_owes_nothing_to_the_one_before(self, controls):
+        controls.ask(KD, 0.5)
+        controls.begin("next", {LM: 1.0}, at_end={LM: 1.0})
+        assert controls.take("next", 0) == {}
+        with pytest.raises(UserError, match="cannot be changed in this stage"):
+            controls.ask(KD, 0.5)
 
     def test_of_several_changes_of_one_field_the_last_counts(self, controls):
         for value in (2.0, 3.0):

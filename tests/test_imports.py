@@ -38,6 +38,7 @@ FLOORS = (
         "training.metrics",
         "training.model",
         "training.rollout",
+        "training.progress",
         "training.rows",
         "training.stopping",
         "training.validation",

@@ -1,18 +1,24 @@
 """LiveControls: what sliders, pause and stop do to a run in the background, and what is left where nobody is there."""
 
 import base64
+import sys
 import time
 
 import numpy as np
 import pytest
+import torch
 from IPython.display import DisplayHandle
 from safetensors.torch import load_file
 from tiny import make_pair, tiny_config
+from transformers import TrainerCallback
 
 from kdkit.errors import UserError
+from kdkit.evaluation import GenerationSettings, generate_answers
+from kdkit.loading import load_model, load_tokenizer
 from kdkit.plots import plot_live
 from kdkit.runtime import preflight
 from kdkit.session.place import Session
+from kdkit.session.runs import start_or_resume
 from kdkit.training.controls import TEMPERATURE, THRESHOLD, Controls, read_changes
 from kdkit.training.metrics import MetricsFile
 from kdkit.training.run import run_distillation
@@ -35,7 +41,7 @@ def session():
 
 @pytest.fixture
 def config(pair):
-    return tiny_config(pair, ROLLOUT, max_steps=400, batch_size=2)
+    return tiny_config(pair, ROLLOUT, max_steps=100_000, batch_size=2)
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +59,10 @@ def shown(monkeypatch):
 
     monkeypatch.setattr(live, "display", display)
     return bundles
+
+
+def tiny_config_of(config, num_steps):
+    return config.model_copy(update={"optim": config.optim.model_copy(update={"max_steps": num_steps})})
 
 
 def until(condition):
@@ -93,6 +103,42 @@ class TestSliders:
         """A slider moved before that was refused, and stood where the run was not."""
         waiting = LiveControls(config, tmp_path / "run", session=session)
         assert all(slider.disabled for slider in waiting.sliders.values())
+
+    def test_between_stages_nothing_is_asked_of_the_next_one(self, pair, session, tmp_path):
+        """A weight that the second stage has not, asked for after the first one's last step, broke the run."""
+        stages = (
+            "stages={labels: {objective: {kd: {weight: 0}, lm: {weight: 1}, dtw: {weight: 0}}},"
+            " distill: {objective: {kd: {weight: 1}, lm: {weight: 0}, dtw: {weight: 0}}}}"
+        )
+        two = LiveControls(tiny_config(pair, stages, max_steps=2), tmp_path / "run", session=session)
+        assert set(two.sliders) == {LM, KD, TEMPERATURE}
+        real = two.update_picture
+
+        def at_the_last_log(*_):
+            if two.controls.values.keys() == {LM}:
+                two.sliders[LM].value = 0.5
+                two.controls.ask(LM, 0.25)
+            real()
+
+        two.update_picture = at_the_last_log
+        two.start()
+        assert two.wait(SECONDS) is not None, two.status.value
+        assert not [row for row in rows(two.folder, "change") if row["stage"] == "distill"]
+
+    def test_what_other_cells_draw_meanwhile_changes_nothing(self, session, tmp_path):
+        """Random states are the process's: asking a model in another cell shifted the dropout of the run."""
+        dropping = make_pair(tmp_path, dropout=0.2)
+        config = tiny_config(dropping, max_steps=30, batch_size=4)
+        alone = run_distillation(config, tmp_path / "alone")
+        watched = LiveControls(config, tmp_path / "watched", session=session)
+        tokenizer = load_tokenizer(dropping["teacher"])
+        model = load_model(dropping["teacher"], dtype=torch.float32, device="cpu")
+        watched.start()
+        while watched.wait(0) is None and "finished" not in watched.status.value:
+            generate_answers(model, tokenizer, ["Count the eggs."], GenerationSettings(max_new_tokens=4))
+            assert "alert" not in watched.status.value, watched.status.value
+        ours, theirs = (load_file(result.model / "model.safetensors") for result in (watched.result, alone))
+        assert all(np.array_equal(ours[name], theirs[name]) for name in ours | theirs)
 
     def test_a_slider_acts_from_the_next_step_on_and_the_log_repeats_the_run(self, started, config, tmp_path):
         before = steps_of(started.folder)
@@ -158,10 +204,38 @@ class TestPauseAndStop:
         steps = [row["step"] for row in rows(second.folder, "train")]
         assert steps == list(range(1, len(steps) + 1))
 
-    def test_two_in_one_folder_are_refused(self, started, config, session):
-        second = LiveControls(config, started.folder, session=session)
-        with pytest.raises(UserError, match="is training in this notebook already"):
-            second.start()
+    def test_a_cell_run_again_shows_the_controls_of_the_run_that_trains(self, started, config, session):
+        """The new ones were bound to the name, and nothing could stop the run any more."""
+        again = LiveControls(config, started.folder, session=session).start()
+        assert again is started
+        with pytest.raises(UserError, match="is training in the background"):
+            start_or_resume(config, started.folder, session=session)
+        again.stop_button.click()
+        assert again.wait(SECONDS) is None
+        assert "stopped by you" in started.status.value
+
+    def test_two_runs_keep_their_own_lines(self, started, config, session, tmp_path):
+        second = LiveControls(tiny_config_of(config, 2), tmp_path / "second", session=session).start()
+        assert second.wait(SECONDS) is not None
+        assert f"{config.optim.max_steps} optimizer steps" not in second.log.value
+        assert sys.stderr is sys.__stderr__ or "pytest" in repr(sys.stderr) or hasattr(sys.stderr, "buffer")
+
+    def test_a_pause_during_an_evaluation_is_saved_and_said(self, pair, session, tmp_path):
+        """Only the end of a step looked for a pause: the run stood still unsaved, and the box said otherwise."""
+        config = tiny_config(pair, "evaluation.every_steps=2", max_steps=100_000, batch_size=2)
+        paused = LiveControls(config, tmp_path / "run", session=session)
+
+        class Pause(TrainerCallback):
+            def on_evaluate(self, args, state, control, **kwargs):
+                if state.global_step == 4:
+                    paused.controls.pause()
+
+        paused.watch.append(Pause())
+        paused.start()
+        until(lambda: "paused after step 4, which is saved" in paused.status.value)
+        assert (paused.folder / "stages" / "distill" / "checkpoint-4" / "complete.json").is_file()
+        paused.stop_button.click()
+        paused.wait(SECONDS)
 
 
 class TestTheEnd:
@@ -184,6 +258,19 @@ class TestTheEnd:
         broken.start()
         assert broken.wait(SECONDS) is None
         assert "exists and is not empty" in broken.status.value
+
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+    def test_what_nobody_expected_is_shown_too(self, config, session, tmp_path, monkeypatch):
+        """The thread died and the box said "starting" for ever."""
+
+        def full(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(live, "run_distillation", full)
+        broken = LiveControls(config, tmp_path / "run", session=session).start()
+        assert broken.wait(SECONDS) is None
+        assert "OSError: [Errno 28] No space left on device" in broken.status.value
+        assert LiveControls(config, tmp_path / "run", session=session).start() is not broken
 
     def test_without_a_person_it_trains_in_the_foreground_and_shows_the_picture(
         self, pair, session, tmp_path, monkeypatch, shown

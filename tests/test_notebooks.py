@@ -184,10 +184,10 @@ class TestFirstCell:
     def test_takes_the_newest_attached_wheel_without_what_it_needs(self, path, bare, tmp_path):
         wheels = tmp_path / "input" / "datasets" / "me" / "wheels"
         wheels.mkdir(parents=True)
-        for version in ("0.1.0", "0.2.0"):
+        for version in ("0.9.0", "0.10.0"):
             (wheels / f"kdkit-{version}-py3-none-any.whl").touch()
         exec(code_cells(path)[0], {})
-        assert bare == [self.pip(str(wheels / "kdkit-0.2.0-py3-none-any.whl"))]
+        assert bare == [self.pip(str(wheels / "kdkit-0.10.0-py3-none-any.whl"))]
 
     def test_takes_the_checkout_that_it_lies_in(self, path, bare, monkeypatch):
         monkeypatch.chdir(ROOT / "notebooks")

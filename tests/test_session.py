@@ -114,8 +114,15 @@ class TestBegin:
         monkeypatch.setenv("HF_HUB_OFFLINE", "")
         monkeypatch.delenv("HF_HUB_OFFLINE")
         assert not begin().has_internet
-        assert os.environ.pop("HF_HUB_OFFLINE") == "1"
+        assert os.environ.pop("HF_HUB_OFFLINE") == os.environ.pop(place._TOLD) == "1"
         assert "internet off" in capsys.readouterr().out
+
+    def test_switched_on_later_the_internet_is_found(self, monkeypatch):
+        """The first call had told the hub's library that there is none, and the second one believed it."""
+        answers = iter([False, True])
+        monkeypatch.setattr(place, "hub_answers", lambda: next(answers) and "HF_HUB_OFFLINE" not in os.environ)
+        assert [begin().has_internet, begin().has_internet] == [False, True]
+        assert "HF_HUB_OFFLINE" not in os.environ
 
     def test_a_card_without_kernels_stops_it_with_the_line_to_run(self, monkeypatch):
         card = Preflight("cuda", 1, "Tesla P100", (6, 0), ("sm_70",), 16 * GIB, False, "no kernels", "pip install it")
@@ -190,9 +197,7 @@ class TestPackages:
         """Installed versions, requirements, and an index that pip would install from."""
         world = SimpleNamespace(
             installed={"kdkit": "0.1", "numpy": "2.0", "torch": "2.10", "transformers": "5.0", "hub": "1.0"},
-            requires={
-                "kdkit": ["torch>=2.6", "numpy>=1.26", "transformers>=5.23", 'x>=1; extra == "dev"', "rouge-score>=0.1"]
-            },
+            requires={"transformers": ["hub>=2"]},
             index={"transformers": "5.23.0", "rouge-score": "0.1.2", "hub": "2.4"},
             commands=[],
         )
@@ -237,6 +242,11 @@ class TestPackages:
             "rouge_score-0.1.2-py3-none-any.whl",
         ]
 
+    def test_a_wheel_for_another_python_is_left_to_the_index(self, world, tmp_path):
+        touch(tmp_path / "input", "transformers-5.24.0-cp27-cp27m-win32.whl", "transformers-broken.whl")
+        install_lacking(install=self.install(world))
+        assert world.commands[0][0] == "transformers>=5.23"
+
     def test_where_nothing_lacks_pip_is_not_called(self, world):
         world.installed |= world.index
         assert install_lacking(install=self.install(world)) == []
@@ -247,7 +257,9 @@ class TestPackages:
         world.installed.pop(name)
         if held:
             world.installed[name] = held
-        with pytest.raises(UserError, match=f"kdkit needs {name}.*here it is {held or 'missing'}.*latest environment"):
+        with pytest.raises(
+            UserError, match=f"{name}.* is needed, and here it is {held or 'missing'}.*latest environment"
+        ):
             install_lacking(install=self.install(world))
         assert world.commands == []
 
@@ -304,6 +316,11 @@ class TestAttached:
     def test_rows_are_found_by_their_folder_or_their_own_name(self, root, file):
         touch(root, file, "other/rows.jsonl")
         assert attached.find_rows("databricks/databricks-dolly-15k") == root / file
+
+    def test_a_description_beside_the_rows_is_not_a_second_answer(self, root):
+        touch(root, "dolly-15k/dataset_infos.json", "dolly-15k/databricks-dolly-15k.jsonl", "dolly-15k/extra.jsonl")
+        found = attached.find_rows("databricks/databricks-dolly-15k")
+        assert found == root / "dolly-15k" / "databricks-dolly-15k.jsonl"
 
     def test_rows_saved_by_datasets_are_their_folder(self, root):
         touch(root, "dolly/dataset_dict.json", "dolly/train/state.json", "dolly/train/data.json")

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Annotated
 
 import yaml
+from packaging.utils import canonicalize_name
 from pydantic import AfterValidator, Field, JsonValue, StringConstraints, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from kdkit.config.part import Part
 from kdkit.errors import UserError
+from kdkit.session.packages import LEFT_ALONE
 
 TABLE_FILE = Path("kaggle", "kernels.yaml")
 MACHINE_SHAPES = {
@@ -31,21 +33,11 @@ REFUSED_SHAPES = {
     "NvidiaTeslaP100": "Kaggle retired it on 2026-09-15 and silently runs T4 x2 instead: write NvidiaTeslaT4",
     "NvidiaTeslaT4Highmem": "it is for Kaggle's own use: NvidiaTeslaT4 is T4 x2 already",
 }
-NEVER_WHEELS = {
-    "torch": "the image's is built for its drivers and for the packages around it",
-    "numpy": "compiled packages of the image are built against its own",
-    "ipywidgets": "its front end is part of the image",
-}
 
 
 def slug_of(title: str) -> str:
     """The last part of the address that Kaggle makes of a title."""
     return title.lower().replace(" ", "-")
-
-
-def canonical_name(package: str) -> str:
-    """A package's name as indexes compare it: rouge_score -> rouge-score."""
-    return re.sub(r"[-_.]+", "-", package).lower()
 
 
 def _check_title(title: str) -> str:
@@ -65,9 +57,9 @@ def _check_shape(shape: str) -> str:
 
 
 def _check_pin(pin: str) -> str:
-    name = canonical_name(pin.partition("==")[0])
-    if name in NEVER_WHEELS:
-        raise ValueError(f"{name} is never shipped: {NEVER_WHEELS[name]}")
+    name = canonicalize_name(pin.partition("==")[0])
+    if name in LEFT_ALONE:
+        raise ValueError(f"{name} is never shipped: {LEFT_ALONE[name]}")
     return pin
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.tags import Tag, compatible_tags, cpython_tags
-from packaging.utils import InvalidWheelFilename, parse_wheel_filename
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
 from kdkit.errors import RunFailed, UserError
 from kdkit.kaggle.kernels import DATASET_FILE
-from kdkit.kaggle.table import TABLE_FILE, Table, canonical_name
+from kdkit.kaggle.table import TABLE_FILE, Table
 
 PYTHON = (3, 12)
 """Of the Kaggle image."""
@@ -66,7 +66,7 @@ def pinned_versions(requirements: Path) -> dict[str, str]:
     """Version of each package that a requirements file pins with `==`, by canonical name."""
     lines = (line.partition("#")[0].strip() for line in requirements.read_text(encoding="utf-8").splitlines())
     pins = (line.partition("==") for line in lines if "==" in line)
-    return {canonical_name(name): version for name, _, version in pins}
+    return {str(canonicalize_name(name)): version for name, _, version in pins}
 
 
 def wheel_faults(folder: Path, image: Mapping[str, str]) -> Iterator[str]:
@@ -79,7 +79,7 @@ def wheel_faults(folder: Path, image: Mapping[str, str]) -> Iterator[str]:
         A file that is no wheel, a wheel for another Python or platform, a requirement that nothing meets.
     """
     tags = set(_kaggle_tags())
-    versions = {canonical_name(name): version for name, version in image.items()}
+    versions = {str(canonicalize_name(name)): version for name, version in image.items()}
     wheels = []
     for path in _entries(folder):
         try:
@@ -108,7 +108,7 @@ def _unmet_requirements(wheel: Path, versions: Mapping[str, str]) -> Iterator[st
     for requirement in map(Requirement, metadata.get_all("Requires-Dist", [])):
         if requirement.marker and not requirement.marker.evaluate(target):
             continue
-        found = versions.get(canonical_name(requirement.name))
+        found = versions.get(canonicalize_name(requirement.name))
         if found is None or not requirement.specifier.contains(found, prereleases=True):
             has = f"has {found}" if found else "has none"
             yield f"needs {requirement}, and Kaggle {has}: add it to wheels in {TABLE_FILE}"
@@ -118,9 +118,9 @@ def _with_version(pin: str, pinned: Mapping[str, str]) -> str:
     """`name==version`, the version from requirements.txt where the table gives none."""
     if "==" in pin:
         return pin
-    if canonical_name(pin) not in pinned:
+    if canonicalize_name(pin) not in pinned:
         raise UserError(f"{TABLE_FILE}: {pin} has no version there and none in requirements.txt; write {pin}==VERSION")
-    return f"{pin}=={pinned[canonical_name(pin)]}"
+    return f"{pin}=={pinned[canonicalize_name(pin)]}"
 
 
 def _kaggle_tags() -> Iterator[Tag]:

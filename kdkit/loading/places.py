@@ -78,7 +78,7 @@ def _advice(place: Place, error: Exception) -> str:
     if place.is_folder:
         return "the folder needs config.json, model.safetensors and the tokenizer's files, all complete"
     if place.local_files_only:
-        return "the hub is not reachable and the name is not in the local cache: give a folder, or go online"
+        return "the hub is not reachable and its cache has no such name: give a folder, go online, or attach it"
     return "check the spelling, the revision, and whether the model needs a login"
 
 

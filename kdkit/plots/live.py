@@ -38,13 +38,14 @@ KNOBS = {
     "rollout/threshold": ("threshold φ", RED),
 }
 """Figure of a log row -> what a reader calls it, and its colour."""
-_NAMES = {
+FIELD_NAMES = {
     "objective.kd.weight": "kd weight",
     "objective.lm.weight": "lm weight",
     "objective.dtw.weight": "dtw weight",
     "objective.kd.temperature": "temperature",
     "rollout.threshold": "threshold φ",
 }
+"""Field that can be changed -> what a reader calls it."""
 _MOST_CHANGES_IN_TITLE = 2
 
 
@@ -75,7 +76,7 @@ def plot_live(metrics_rows: Sequence[Row]) -> "Figure":
             axes.axvline(step, color=INK, linewidth=1, linestyle="--")
     panels[-1].set_xlabel("optimizer steps (dashed: a knob was turned)" if changes else "optimizer steps")
     mark_stages(panels, begins)
-    figure.suptitle(wrapped(_finding(rows, changes)))
+    figure.suptitle(wrapped(_finding(rows, changes, begins)))
     return figure
 
 
@@ -102,13 +103,13 @@ def _draw_knobs(axes: "Axes", rows: Sequence[Row], begins: Mapping[str, float]) 
     axes.axhline(0, color=FAINT, linewidth=0.5)
 
 
-def _finding(rows: Sequence[Row], changes: Sequence[Row]) -> str:
-    last = rows[-1]
-    said = f"step {number(last, 'step') or 0:.0f}: loss {number(last, 'loss') or float('nan'):.3g}"
+def _finding(rows: Sequence[Row], changes: Sequence[Row], begins: Mapping[str, float]) -> str:
+    """Where it is and what was changed last, in steps of the whole run."""
+    said = f"step {run_steps(rows[-1:], begins)[0]:.0f}: loss {column(rows[-1:], 'loss')[0]:.3g}"
     turned = [
-        f"{_NAMES[field]} {value:.3g} from step {(number(row, 'step') or 0) + 1:.0f} on"
-        for row in changes
+        f"{FIELD_NAMES[field]} {value:.3g} from step {step + 1:.0f} on"
+        for row, step in zip(changes, run_steps(changes, begins), strict=True)
         for field, value in row.items()
-        if field in _NAMES and isinstance(value, int | float)
+        if field in FIELD_NAMES and isinstance(value, int | float)
     ]
     return "; ".join([said[0].upper() + said[1:], *turned[-_MOST_CHANGES_IN_TITLE:]])

@@ -7,14 +7,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.tags import sys_tags
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
 from kdkit.attached import find_wheels
 from kdkit.errors import UserError
 
-LEFT_ALONE = {"torch", "numpy", "ipywidgets"}
-"""Built for this machine, or spoken to by the page that is open already: another version breaks more than it mends."""
+LEFT_ALONE = {
+    "torch": "the image's is built for its drivers and for the packages around it",
+    "numpy": "compiled packages of the image are built against its own",
+    "ipywidgets": "its front end is part of the image, and of the page that is open already",
+}
+"""What a notebook never installs, and why another version would break more than it mends."""
 OLDEST_TORCHAO = Version("0.16")
 """peft refuses to work beside an older one, and transformers imports peft where it is."""
 
@@ -91,15 +96,22 @@ def _check_left_alone(wanted: Iterable[Requirement]) -> None:
     for needed in wanted:
         if canonicalize_name(needed.name) in LEFT_ALONE:
             raise UserError(
-                f"kdkit needs {needed}, and here it is {_version(needed.name) or 'missing'}; it is not replaced under "
-                "a running session. On Kaggle choose the latest environment under Settings; elsewhere install it"
+                f"{needed} is needed, and here it is {_version(needed.name) or 'missing'}; it is not replaced under a "
+                "running session. On Kaggle choose the latest environment under Settings; elsewhere install it"
             )
 
 
 def _place(needed: Requirement) -> str:
     """The newest attached wheel that fits, else the requirement, for the package index."""
-    fitting = [wheel for wheel in find_wheels(needed.name) if needed.specifier.contains(wheel.name.split("-")[1])]
-    return str(max(fitting, key=lambda wheel: Version(wheel.name.split("-")[1]))) if fitting else str(needed)
+    tags, fitting = set(sys_tags()), []
+    for wheel in find_wheels(needed.name):
+        try:
+            _, version, _, built_for = parse_wheel_filename(wheel.name)
+        except InvalidWheelFilename:
+            continue
+        if needed.specifier.contains(version) and built_for & tags:
+            fitting.append((version, wheel))
+    return str(max(fitting)[1]) if fitting else str(needed)
 
 
 def _pip_install(places: Sequence[str]) -> None:

@@ -25,6 +25,7 @@ LOW_DISK_BYTES = 2 * GIB
 SCRATCH = Path("/tmp/huggingface")
 """On Kaggle, for downloads: what lies in the working folder is saved with the notebook, and 20 GB is all it takes."""
 
+_TOLD = "KDKIT_TOLD_HUB_OFFLINE"
 _BEGAN = time.monotonic()  # a first cell that runs again does not begin another session
 
 
@@ -83,7 +84,8 @@ def begin(*, hours: float = BUDGET_HOURS) -> Session:
     On Kaggle, downloads go to scratch, and the hub's token is taken from the secret HF_TOKEN where there is one.
 
     Args:
-        hours: after which training stops, counted from the first call in this process.
+        hours: after which training stops, counted from the first call in this process: a kernel that was restarted does
+            not know what the session had used before.
     Returns:
         Session.
     Raises:
@@ -95,9 +97,7 @@ def begin(*, hours: float = BUDGET_HOURS) -> Session:
     if kind is not None:
         _use_scratch()
         _use_secret()
-    has_internet = hub_answers()
-    if not has_internet:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # else every file that is asked for is tried again and again
+    has_internet = _look_for_internet()
     installed = install_lacking()
     machine = preflight()
     if not machine.ok:
@@ -115,6 +115,16 @@ def skip_the_rest() -> None:
     shell = get_ipython()
     if shell is not None:
         shell.input_transformers_cleanup.append(lambda lines: [])
+
+
+def _look_for_internet() -> bool:
+    """Whether the hub answers; where not, its library is told, or it tries each file again and again."""
+    if os.environ.pop(_TOLD, None):  # by an earlier call, before the internet was switched on
+        del os.environ["HF_HUB_OFFLINE"]
+    has_internet = hub_answers()
+    if not has_internet and "HF_HUB_OFFLINE" not in os.environ:
+        os.environ["HF_HUB_OFFLINE"] = os.environ[_TOLD] = "1"
+    return has_internet
 
 
 def _use_scratch() -> None:

@@ -13,11 +13,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from kdkit.attached import find_output
 from kdkit.config import DistillConfig
+from kdkit.errors import UserError
 from kdkit.session.place import Session, skip_the_rest
-from kdkit.training.folder import CONFIG_FILE
+from kdkit.training.folder import CONFIG_FILE, RunFolder
 from kdkit.training.run import RunResult, run_distillation
 from kdkit.training.stopping import Interrupted
 
+IN_BACKGROUND: dict[Path, object] = {}
+"""Folder of a run that trains in the background of this notebook -> its controls."""
 STEPS_FOR_SPEED = 10
 """After which a run says how long it will take."""
 
@@ -43,14 +46,18 @@ def start_or_resume(
         UserError, RunFailed, Interrupted: as `run_distillation`; or several attached outputs hold this run.
     """
     folder = Path(folder)
+    if folder.resolve() in IN_BACKGROUND:
+        raise UserError(f"{folder} is training in the background of this notebook: stop it first")
     if resume and not (folder / CONFIG_FILE).is_file():
         bring_back(folder)
     begun = resume and (folder / CONFIG_FILE).is_file()
     try:
         with redirect_stderr(sys.stdout), session.stop_request().on_signals() as stop:
+            if not RunFolder(folder).evaluation.is_file():
+                stop.check()
             return run_distillation(config, folder, resume=begun, stop=stop, callbacks=[TimeNote(session)])
     except Interrupted as interrupted:
-        print(f"stopped by {interrupted.reason}: the last step is saved in {folder}. {how_to_go_on(session)}")
+        print(f"stopped by {interrupted.reason}: what is done is in {folder}. {how_to_go_on(session)}")
         if not session.is_batch:
             raise
         skip_the_rest()

@@ -7,7 +7,7 @@ repeat them (`read_changes`).
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,12 +71,15 @@ class Controls:
 
     Args:
         replay: changes of an earlier run, taken up at the same steps of the same stages.
+        on_pause: told the completed steps when the run begins to stand still.
     """
 
-    def __init__(self, replay: Iterable[Change] = ()) -> None:
+    def __init__(self, replay: Iterable[Change] = (), *, on_pause: Callable[[int], None] | None = None) -> None:
         self.values: Mapping[str, float] = {}
         """What can be changed now, and what it is; empty until a stage has begun."""
+        self._at_end: Mapping[str, float] = {}
         self._replay = tuple(replay)
+        self._on_pause = on_pause
         self._wanted: dict[str, float] = {}
         self._lock = threading.Lock()
         self._going = threading.Event()
@@ -93,8 +96,9 @@ class Controls:
         """
         with self._lock:
             _check_change(field, value, self.values)
-            after = {**self.values, **self._wanted, field: value}
-            if not any(after.get(weight, 0.0) for weight in WEIGHTS):
+            asked = {**self._wanted, field: value}
+            moments = [{**values, **asked} for values in (self.values, self._at_end)]
+            if not all(any(values.get(weight, 0.0) for weight in WEIGHTS) for values in moments):
                 raise UserError(f"{field}={value:g} leaves every term without a weight: give another one first")
             self._wanted[field] = float(value)
 
@@ -102,6 +106,11 @@ class Controls:
         """Whether a field was asked to change, and has not been changed yet."""
         with self._lock:
             return field in self._wanted
+
+    def follow(self, values: Mapping[str, float]) -> None:
+        """Take up where schedules and rules have moved what can be changed."""
+        with self._lock:
+            self.values = values
 
     def pause(self) -> None:
         """Stand still before the next step."""
@@ -116,22 +125,27 @@ class Controls:
         """Whether the run stands still, or will before its next step."""
         return not self._going.is_set()
 
-    def wait_while_paused(self, stop: StopRequest) -> float:
+    def wait_while_paused(self, step: int, stop: StopRequest) -> float:
         """Return when there is no pause, or someone asked to stop; gives the seconds of the pause."""
         began = time.monotonic()
+        if self.is_paused and self._on_pause is not None:
+            self._on_pause(step)
         while self.is_paused and not stop.reason:
             self._going.wait(_SECONDS_BETWEEN_LOOKS)
         return time.monotonic() - began
 
-    def check_replay(self, stage: str, values: Mapping[str, float]) -> None:
-        """Refuse a log that changes what a stage does not have.
+    def begin(self, stage: str, values: Mapping[str, float], *, at_end: Mapping[str, float]) -> None:
+        """Take up a stage: what was asked of the one before is void.
 
         Args:
             stage: that is about to begin.
             values: what can be changed in it.
+            at_end: the same as their schedules leave it.
         Raises:
-            UserError: names the first such change.
+            UserError: the log to be repeated changes what the stage does not have.
         """
+        with self._lock:
+            self.values, self._at_end, self._wanted = values, at_end, {}
         for change in self._replay:
             if change.stage == stage:
                 _check_change(change.field, change.value, values)
@@ -140,8 +154,10 @@ class Controls:
         """What was asked for since the last time, and what the log changes after so many completed steps."""
         replayed = {c.field: c.value for c in self._replay if (c.stage, c.step) == (stage, step)}
         with self._lock:
-            wanted, self._wanted = self._wanted, {}
-        return replayed | wanted
+            changes = replayed | self._wanted
+            self.values, self._at_end = {**self.values, **changes}, {**self._at_end, **changes}
+            self._wanted = {}
+        return changes
 
 
 def initial_values(config: DistillConfig) -> dict[str, float]:
@@ -194,7 +210,12 @@ class ChangeableStage:
         self.metrics = metrics
         self.stop = stop
         self._logged: dict[str, float] = {}  # in the log already, and yet to be done
-        controls.check_replay(stage, self.values(0))
+        controls.begin(stage, self.values(0), at_end=self.values(num_steps))
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the next step waits."""
+        return self.controls.is_paused
 
     def values(self, step: int) -> dict[str, float]:
         """What can be changed, and what it is after so many completed steps."""
@@ -214,8 +235,8 @@ class ChangeableStage:
         """
         paused, changes = 0.0, dict[str, float]()
         if accelerator.is_main_process:
-            self.controls.values = self.values(step)
-            paused = self.controls.wait_while_paused(self.stop)
+            self.controls.follow(self.values(step))
+            paused = self.controls.wait_while_paused(step, self.stop)
             changes = self.controls.take(self.stage, step)
         if accelerator.num_processes > 1:
             (changes,) = broadcast_object_list([changes])
@@ -223,7 +244,6 @@ class ChangeableStage:
             self._change(field, value)
         self._logged = {}
         if changes and accelerator.is_main_process:
-            self.controls.values = self.values(step)
             self.metrics.append({"kind": KIND, "stage": self.stage, "step": step, **changes})
         return paused
 

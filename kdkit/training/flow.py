@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kdkit.runtime import preserved_rng_state
-from kdkit.training.controls import Controls
+from kdkit.training.progress import say
 from kdkit.training.stopping import StopRequest
 from kdkit.training.trainer import DistillTrainer
 
@@ -25,7 +25,6 @@ class StageFlow(TrainerCallback):
         evaluate_every: optimizer steps between evaluations; 0: only at the end.
         stop: asked after each step.
         save_every_seconds: after the last checkpoint another is due; 0: the clock asks for none.
-        controls: of a person, whose pause begins with a checkpoint; None: nobody is there.
         resumed_from: checkpoint that the trainer continues, or None.
     """
 
@@ -37,7 +36,6 @@ class StageFlow(TrainerCallback):
         evaluate_every: int,
         stop: StopRequest,
         save_every_seconds: float = 0.0,
-        controls: Controls | None = None,
         resumed_from: Path | None = None,
     ) -> None:
         self.log_every = log_every
@@ -45,7 +43,6 @@ class StageFlow(TrainerCallback):
         self.evaluate_every = evaluate_every
         self.stop = stop
         self.save_every_seconds = save_every_seconds
-        self.controls = controls
         self.resumed_from = resumed_from
         self.trainer: DistillTrainer | None = None  # given after the trainer exists
         self._saved_at = time.monotonic()
@@ -61,6 +58,8 @@ class StageFlow(TrainerCallback):
         """Try evaluation, generation and saving before step 1, or take up what a checkpoint left."""
         assert self.trainer is not None
         if self.resumed_from is None:
+            if self.trainer.changeable is not None:
+                self.trainer.changeable.restore(0)  # of a run that ended before its first checkpoint
             with preserved_rng_state():
                 self.trainer.evaluate(limit=args.per_device_eval_batch_size)
                 self.trainer.check_saving()
@@ -110,9 +109,8 @@ class StageFlow(TrainerCallback):
             control.should_training_stop, control.should_evaluate = True, False
 
     def _is_save_due(self) -> bool:
-        """Whether the clock or a pause asks for a checkpoint."""
-        late = self.save_every_seconds > 0 and time.monotonic() - self._saved_at >= self.save_every_seconds
-        return late or (self.controls is not None and self.controls.is_paused)
+        """Whether the clock asks for a checkpoint."""
+        return self.save_every_seconds > 0 and time.monotonic() - self._saved_at >= self.save_every_seconds
 
     def _asked_of_any(self, *asked: bool) -> list[bool]:
         """Whether any process was asked: all have to save and leave at the same step, or they wait for each other."""
@@ -183,10 +181,9 @@ class ConsoleProgress(TrainerCallback):
         done = max(state.global_step - self._first_step, 1)
         left = (state.max_steps - state.global_step) * (now - self._started) / done
         figures = "  ".join(f"{name} {value}" for name, value in parts.items())
-        print(
+        say(
             f"{self.stage} {state.global_step}/{state.max_steps}  loss {logs['loss']:.4g}  {figures}  "
-            f"lr {logs['learning_rate']:.2e}  {left:.0f} s left",
-            file=sys.stderr,
+            f"lr {logs['learning_rate']:.2e}  {left:.0f} s left"
         )
 
     def on_train_end(

@@ -1,6 +1,5 @@
 """The rows of a run: read once, tokenised once, whichever stages ask for them."""
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,6 +10,7 @@ from kdkit.config import DistillConfig
 from kdkit.data.batch import EncodedRows, encode_rows
 from kdkit.data.rows import Rows, load_rows
 from kdkit.training.folder import RowsUsed
+from kdkit.training.progress import say
 
 Kind = Literal["train", "validation", "test"]
 KINDS: tuple[Kind, ...] = ("train", "validation", "test")
@@ -88,7 +88,7 @@ class RunRows:
         for name, rows in used.items():
             reasons = "".join(f", {reason}: {count}" for reason, count in rows["dropped"].items())
             kept = f"{rows['num_kept']} of {rows['num_read']} rows{reasons}"
-            print(f"{name}: {kept}, sha256 {rows['sha256'][:12]}", file=sys.stderr)
+            say(f"{name}: {kept}, sha256 {rows['sha256'][:12]}")
         return used
 
     def _describe(self, kind: Kind, config: DistillConfig) -> RowsUsed:

@@ -3,7 +3,6 @@
 import gc
 import json
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -39,6 +38,7 @@ from kdkit.training.card import model_card
 from kdkit.training.controls import Controls
 from kdkit.training.folder import RunFolder
 from kdkit.training.objective import Objective
+from kdkit.training.progress import say
 from kdkit.training.rows import RunRows
 from kdkit.training.stage import StageInputs, run_stage
 from kdkit.training.stopping import StopRequest
@@ -111,7 +111,7 @@ class _Run:
         if not self.machine.ok:
             raise UserError(f"{self.machine.problem}\n  {self.machine.remedy}")
         if self.machine.problem:
-            print(self.machine.problem, file=sys.stderr)
+            say(self.machine.problem)
         disable_progress_bar()  # a bar per file read or written; the run has its own
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
@@ -278,7 +278,7 @@ class _Run:
         rows = self.rows.read("test", self.config)
         measured: dict[str, Evaluation] = {}
         for name, path, revision in self._finalists():
-            print(f"measuring {name} on {len(rows)} rows", file=sys.stderr)
+            say(f"measuring {name} on {len(rows)} rows")
             model = load_model(
                 path,
                 dtype=torch.float32,
@@ -291,7 +291,7 @@ class _Run:
             del model
             _free_memory()
         if self.config.evaluation.teacher:
-            print(f"measuring teacher on {len(rows)} rows", file=sys.stderr)
+            say(f"measuring teacher on {len(rows)} rows")
             measured["teacher"] = self._measure(self._load_teacher().model, rows)
         predictions = [
             {"prompt": row["prompt"], "references": row["references"]}
@@ -322,7 +322,7 @@ class _Run:
             max_length=data.max_length,
             max_prompt_length=data.max_prompt_length,
             resamples=self.config.evaluation.resamples,
-            progress=self.stop.check,
+            progress=self.stop.check_unless_late,
         )
 
 
@@ -370,5 +370,5 @@ def _needs_dense_path(model: PreTrainedModel, role: str) -> bool:
     reason = check_head(model)
     if reason is None:
         return False
-    print(f"{role}: logits are taken whole, which costs memory, because {reason}", file=sys.stderr)
+    say(f"{role}: logits are taken whole, which costs memory, because {reason}")
     return True

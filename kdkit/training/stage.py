@@ -2,7 +2,6 @@
 
 import math
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from kdkit.training.flow import ConsoleProgress, StageFlow
 from kdkit.training.metrics import MetricsFile
 from kdkit.training.model import DistillModel
 from kdkit.training.objective import Objective
+from kdkit.training.progress import say
 from kdkit.training.stopping import StopRequest
 from kdkit.training.trainer import ADAPTERS_FILE, STATE_FILE, DistillTrainer, Generate
 
@@ -115,7 +115,6 @@ def run_stage(
         evaluate_every=config.evaluation.every_steps,
         save_every_seconds=60 * config.checkpoint.every_minutes,
         stop=stop,
-        controls=controls,
         resumed_from=resumed_from,
     )
     model, own_text = _build_model(config, inputs), _build_rollout(config, inputs, num_steps)
@@ -147,9 +146,10 @@ def run_stage(
         callbacks=[flow, ConsoleProgress(name), *callbacks],
     )
     flow.trainer = trainer
+    trainer.accelerator.wait_for_everyone()  # every process has read the log by now
     if trainer.is_world_process_zero():
         metrics.cut(name, step=_step_of(resumed_from))
-        print(describe_stage(config, inputs, num_steps, resumed_from), file=sys.stderr)
+        say(describe_stage(config, inputs, num_steps, resumed_from))
     if resumed_from is not None and _step_of(resumed_from) == num_steps:
         trainer.finish(resumed_from)
     else:

@@ -55,16 +55,21 @@ class StopRequest:
         if reason := self.reason:
             raise Interrupted(reason, signum=self.signum)
 
+    def check_unless_late(self, *_: object) -> None:
+        """As `check`, but the clock does not ask: for what its last hour is kept for."""
+        if self.signum is not None or self._asked:
+            self.check()
+
     @contextmanager
     def on_signals(self) -> Iterator["StopRequest"]:
-        """Turn the first Ctrl-C or SIGTERM into a request; a second one ends the process at once."""
+        """Turn the first Ctrl-C or SIGTERM into a request; a second one does what it did before."""
 
         def request(signum: int, frame: FrameType | None) -> None:
             self.signum = signum
-            signal.signal(signum, signal.SIG_DFL)
+            signal.signal(signum, previous[signum])
             print("stopping after this step; again to stop at once", file=sys.stderr)
 
-        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {int(number): signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
         finally:

@@ -8,7 +8,6 @@ docstring says how.
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,13 +34,14 @@ from transformers.trainer_utils import TrainOutput
 
 from kdkit.data.batch import Batch, DistillCollator
 from kdkit.errors import RunFailed, UserError
-from kdkit.runtime import preserved_rng_state, rng_state, set_rng_state
+from kdkit.runtime import preserved_rng_state, rng_state, set_rng_state, undisturbed_rng
 from kdkit.teacher.sources import TeacherSource
 from kdkit.training import checkpoint
 from kdkit.training.controls import ChangeableStage
 from kdkit.training.metrics import MetricsFile, RunningSums
 from kdkit.training.model import DistillModel
 from kdkit.training.objective import ITEMS, Item, Moment, count_items
+from kdkit.training.progress import say
 from kdkit.training.rollout import Rollout
 from kdkit.training.validation import measure_objective, shared_batches
 
@@ -140,11 +140,18 @@ class DistillTrainer(Trainer):
 
     # ---- what is counted -------------------------------------------------------------------------------------
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A micro-batch; its dropout is drawn undisturbed by what a notebook asks models in another thread."""
+        with undisturbed_rng():
+            return super().training_step(*args, **kwargs)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], dict[Item, float]]:
         """The batches of the next accumulation window, the student's own text among them, counted after it came in."""
         if self.changeable is not None:
+            if self.changeable.is_paused and self.state.global_step and self.accelerator.num_processes == 1:
+                self._save_checkpoint(self.model_wrapped)  # whoever pauses may not come back
             self._last_row_at += self.changeable.take_up(self.state.global_step, accelerator=self.accelerator)
         batches, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.rollout is None or not batches:
@@ -296,7 +303,7 @@ class DistillTrainer(Trainer):
             place = {"kind": "eval", "stage": self.stage, "step": self.state.global_step}
             self.metrics.append({**place, **figures, **said})
             if note is not None:
-                print(f"{self.stage} {self.state.global_step}: {note}", file=sys.stderr)
+                say(f"{self.stage} {self.state.global_step}: {note}")
         prefixed = {f"eval_{name}": value for name, value in figures.items()}
         if limit is None:
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, prefixed)
@@ -391,7 +398,8 @@ class DistillTrainer(Trainer):
         self.sums.complete_step()
         if self.rollout is not None:
             self.rollout.settle()
-        self._settled_rng = rng_state()
+        with undisturbed_rng():
+            self._settled_rng = rng_state()
 
     def _check_loss_scale(self) -> None:
         """Lowering the scale cures an overflow in a few steps; below 1 there is none left to cure."""
@@ -434,7 +442,7 @@ class DistillTrainer(Trainer):
             checkpoint.check_room(folder, self._needed_bytes())
         self._state_of_sums = self.sums.state(self.accelerator)
         try:
-            with self._into_staging() as staged:
+            with undisturbed_rng(), self._into_staging() as staged:
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:

@@ -1,12 +1,9 @@
 """A run that trains in the background of a notebook while its knobs are turned by hand."""
 
-import io
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping
-from contextlib import redirect_stderr
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +14,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from kdkit.config import DistillConfig
 from kdkit.config.reading import stage_config
 from kdkit.errors import RunFailed, UserError
-from kdkit.plots import plot_live
+from kdkit.plots.live import FIELD_NAMES, plot_live
 from kdkit.session.place import Session
-from kdkit.session.runs import TimeNote, bring_back, how_to_go_on, start_or_resume
+from kdkit.session.runs import IN_BACKGROUND, TimeNote, bring_back, how_to_go_on, start_or_resume
 from kdkit.training.controls import TEMPERATURE, THRESHOLD, Controls, initial_values
 from kdkit.training.folder import CONFIG_FILE, RunFolder
+from kdkit.training.progress import heard_by
 from kdkit.training.run import RunResult, run_distillation
 from kdkit.training.stopping import Interrupted
 from kdkit.widgets.explorer import has_front_end
@@ -32,68 +30,65 @@ if TYPE_CHECKING:
 
 SAVE_MINUTES = 10.0
 """Between checkpoints where the config names no time: a session without a person's hand on it ends without a word."""
-LABELS = {
-    "objective.kd.weight": "kd weight",
-    "objective.lm.weight": "lm weight",
-    "objective.dtw.weight": "dtw weight",
-    TEMPERATURE: "temperature",
-    THRESHOLD: "threshold φ",
-}
 _SECONDS_BETWEEN_PICTURES = 2.0
 _DRAWING_FRACTION = 0.1  # of the time at most goes into pictures
 _LINES_KEPT = 8
-_running: set[Path] = set()
 
 
 class LiveControls:
     """Sliders for temperature, weights and threshold that act on a run from its next step on, with live curves.
 
     Every change is in the run's metrics.jsonl with its step; `kdkit distill CONFIG --replay metrics.jsonl` repeats the
-    run exactly. Where nobody can move a slider, `start` trains in the foreground, and shows the curves.
+    run, on a CPU bit for bit. What kdkit draws in other cells meanwhile changes nothing; what a cell draws from the
+    global random states itself does. Where nobody can move a slider, `start` trains in the foreground, and shows the
+    curves.
 
     Args:
         config: the run. Without times of its own, checkpoints are written every 10 minutes and at a pause.
         folder: of the run; what is in it goes on.
         session: until when it may train.
-    Raises:
-        UserError: the config has nothing to change.
     """
 
     def __init__(self, config: DistillConfig, folder: str | Path, *, session: Session) -> None:
         self.config = _saving_by_the_clock(config)
         self.folder = Path(folder)
         self.session = session
-        self.controls = Controls()
+        self.controls = Controls(on_pause=self._stand_still)
         self.stop = session.stop_request()
         self.result: RunResult | None = None
+        self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
         self.picture = Picture()
+        self.watch: list[TrainerCallback] = [TimeNote(session, say=self._say), _Watch(self)]
         self.sliders: dict[str, ipywidgets.Widget] = {}
         self.box: ipywidgets.VBox | None = None
         self._thread: threading.Thread | None = None
         self._display: DisplayHandle | None = None  # there is none without a notebook
-        self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
         if has_front_end():
             self.box = self._build(_changeable(self.config))
 
-    def start(self) -> None:
+    def start(self) -> "LiveControls":
         """Show the sliders and train in the background.
 
-        Raises:
-            UserError: a run in this folder is training in this notebook already.
+        Returns:
+            Those that train: these, or, where a cell is run again, the ones that are training in this folder already.
         """
         if self.box is None:
             self.result = start_or_resume(self.config, self.folder, session=self.session)
-            self._draw()
+            self.update_picture()
             data, metadata = self.picture.bundle()
             display(data, metadata=metadata, raw=True)
-            return
-        if self.folder.resolve() in _running:
-            raise UserError(f"{self.folder} is training in this notebook already: stop it, or give another folder")
-        _running.add(self.folder.resolve())
+            return self
+        training = IN_BACKGROUND.setdefault(self.folder.resolve(), self)
+        assert isinstance(training, LiveControls)
+        training._show()
+        if training is self:
+            self._thread = threading.Thread(target=self._train, name=f"training {self.folder}", daemon=True)
+            self._thread.start()
+        return training
+
+    def _show(self) -> None:
         data, metadata = self.picture.bundle(self.box)
         self._display = display(data, metadata=metadata, raw=True, display_id=True)
-        self._thread = threading.Thread(target=self._train, name=f"training {self.folder}", daemon=True)
-        self._thread.start()
 
     def wait(self, seconds: float | None = None) -> RunResult | None:
         """Wait for the end of training; meanwhile this notebook hears no slider.
@@ -150,7 +145,11 @@ class LiveControls:
         self.stop.ask("you")
         self.status.value = "stopping: the step under way is finished and saved first"
 
-    def _draw(self) -> None:
+    def _stand_still(self, step: int) -> None:
+        self.status.value = f"paused after step {step}, which is saved"
+
+    def update_picture(self) -> None:
+        """Draw what the log holds by now."""
         rows = RunFolder(self.folder).metrics.rows()
         if any(row["kind"] == "train" for row in rows):
             self.picture.draw(plot_live(rows))
@@ -162,14 +161,14 @@ class LiveControls:
         try:
             if not (self.folder / CONFIG_FILE).is_file():
                 bring_back(self.folder)
-            with redirect_stderr(_LinesOfThread(self._say, sys.stderr)):
+            with heard_by(self._say):
                 self.result = run_distillation(
                     self.config,
                     self.folder,
                     resume=(self.folder / CONFIG_FILE).is_file(),
                     stop=self.stop,
                     controls=self.controls,
-                    callbacks=[TimeNote(self.session, say=self._say), _Watch(self)],
+                    callbacks=self.watch,
                 )
             figures = self.result.evaluations["student"]
             self.status.value = f"finished: ROUGE-L {figures['rouge_l']:.1f}; the student is in {self.result.model}"
@@ -177,22 +176,26 @@ class LiveControls:
             self.status.value = f"stopped by {interrupted.reason}, saved in {self.folder}. {how_to_go_on(self.session)}"
         except (UserError, RunFailed) as error:
             self.status.value = f'<b role="alert">{escape(str(error))}</b>'
+        except BaseException as error:
+            said = escape(f"{type(error).__name__}: {error}")
+            self.status.value = f'<b role="alert">{said}</b>; what is done is saved in {self.folder}'
+            raise
         finally:
-            _running.discard(self.folder.resolve())
+            del IN_BACKGROUND[self.folder.resolve()]
             self._close()
 
     def _close(self) -> None:
         """Nothing can be turned any more; the picture of the end is what a saved notebook shows."""
         for widget in (*self.sliders.values(), self.pause_button, self.stop_button):
             widget.disabled = True
-        self._draw()
+        self.update_picture()
         if self._display is not None:
             data, metadata = self.picture.bundle(self.box)
             self._display.update(data, metadata=metadata, raw=True)
 
-    def _say(self, line: str) -> None:
-        """A line of the run's progress, below the picture."""
-        self._lines.append(line)
+    def _say(self, text: str) -> None:
+        """The run's last lines of progress, below the picture."""
+        self._lines.extend(text.splitlines())
         self.log.value = f"<pre>{escape(chr(10).join(self._lines))}</pre>"
 
 
@@ -205,11 +208,8 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Say where the run is."""
-        live = self.live
-        if live.controls.is_paused:
-            live.status.value = f"paused after step {state.global_step} of {state.max_steps}"
-        elif not live.stop.reason:
-            live.status.value = f"step {state.global_step} of {state.max_steps}"
+        if not self.live.stop.reason and not self.live.controls.is_paused:
+            self.live.status.value = f"step {state.global_step} of {state.max_steps}"
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -233,30 +233,16 @@ class _Watch(TrainerCallback):
         began = time.monotonic()
         if began - self._drawn_at < max(_SECONDS_BETWEEN_PICTURES, self._drawing / _DRAWING_FRACTION):
             return
-        self.live._draw()
+        self.live.update_picture()
         self._drawn_at = time.monotonic()
         self._drawing = self._drawn_at - began
 
-
-class _LinesOfThread(io.TextIOBase):
-    """What the thread that made it writes goes to a function, line by line; the rest of the notebook keeps its own."""
-
-    def __init__(self, say: Any, others: Any) -> None:
-        self._say, self._others, self._owner, self._rest = say, others, threading.get_ident(), ""
-
-    def write(self, text: str) -> int:
-        """Hand on whole lines."""
-        if threading.get_ident() != self._owner:
-            return self._others.write(text)
-        *lines, self._rest = (self._rest + text).split("\n")
-        for line in lines:
-            self._say(line)
-        return len(text)
-
-    def flush(self) -> None:
-        """Lines are handed on as they end."""
-        if threading.get_ident() != self._owner:
-            self._others.flush()
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Until the next stage begins there is nothing to turn."""
+        for slider in self.live.sliders.values():
+            slider.disabled = True
 
 
 def _saving_by_the_clock(config: DistillConfig) -> DistillConfig:
@@ -280,7 +266,7 @@ def _slider(field: str, value: float) -> "ipywidgets.Widget":
 
     shared = {
         "value": value,
-        "description": LABELS[field],
+        "description": FIELD_NAMES[field],
         "continuous_update": False,
         "disabled": True,  # until a stage begins
         "readout_format": ".2f",
