@@ -101,10 +101,10 @@ def generate_answers(
     with evaluating(language_model), _generating_with(language_model, settings, end_ids):
         for start in range(0, len(order), settings.batch_size):
             rows = order[start : start + settings.batch_size]
-            _seed_sampling(settings.seed, start)
             batch = [prompt_ids[row] for row in rows]
-            for row, answer in zip(rows, _answer(language_model, tokenizer, batch, end_ids), strict=True):
-                answers[row] = answer
+            with _keyed_draws(settings, start):
+                written = _answer(language_model, tokenizer, batch, end_ids)
+            answers |= dict(zip(rows, written, strict=True))
             if progress is not None:
                 progress(len(answers), len(prompts))
     return [answers[row] for row in range(len(prompts))]
@@ -112,18 +112,17 @@ def generate_answers(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode inside, each back in its own mode after; draws nothing.
+    """Every module in evaluation mode inside, each back in its own mode after.
 
     `model.train()` would not do: it would also wake parts that had been frozen in evaluation mode.
     """
     modes = {module: module.training for module in model.modules()}
-    with preserved_rng_state():
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def end_of_text_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[int]:
@@ -208,9 +207,15 @@ def _check_lengths(prompt_ids: Sequence[Sequence[int]], model: PreTrainedModel, 
         )
 
 
-def _seed_sampling(seed: int, start: int) -> None:
-    """`generate` draws from the global state only: key that, inside the preserved one."""
-    torch.manual_seed(generator(seed, "answers", start).initial_seed())
+@contextmanager
+def _keyed_draws(settings: GenerationSettings, start: int) -> Iterator[None]:
+    """`generate` draws from the global state only: keyed inside, put back after; greedy decoding draws none."""
+    if settings.sampling_temperature == 0:
+        yield
+        return
+    with preserved_rng_state():
+        torch.manual_seed(generator(settings.seed, "answers", start).initial_seed())
+        yield
 
 
 def _answer(
