@@ -46,8 +46,7 @@ def start_or_resume(
         UserError, RunFailed, Interrupted: as `run_distillation`; or several attached outputs hold this run.
     """
     folder = Path(folder)
-    if folder.resolve() in IN_BACKGROUND:
-        raise UserError(f"{folder} is training in the background of this notebook: stop it first")
+    check_nothing_trains()
     if resume and not (folder / CONFIG_FILE).is_file():
         bring_back(folder)
     begun = resume and (folder / CONFIG_FILE).is_file()
@@ -62,6 +61,18 @@ def start_or_resume(
             raise
         skip_the_rest()
         return None
+
+
+def check_nothing_trains() -> None:
+    """Refuse a second run: accelerate has one state for the whole process.
+
+    Raises:
+        UserError: names the run that trains.
+    """
+    for folder in IN_BACKGROUND:
+        raise UserError(
+            f"{folder} is training in the background of this notebook, which runs one at a time: stop it first"
+        )
 
 
 def how_to_go_on(session: Session) -> str:

@@ -16,7 +16,7 @@ from kdkit.config.reading import stage_config
 from kdkit.errors import RunFailed, UserError
 from kdkit.plots.live import FIELD_NAMES, plot_live
 from kdkit.session.place import Session
-from kdkit.session.runs import IN_BACKGROUND, TimeNote, bring_back, how_to_go_on, start_or_resume
+from kdkit.session.runs import IN_BACKGROUND, TimeNote, bring_back, check_nothing_trains, how_to_go_on, start_or_resume
 from kdkit.training.controls import TEMPERATURE, THRESHOLD, Controls, initial_values
 from kdkit.training.folder import CONFIG_FILE, RunFolder
 from kdkit.training.progress import heard_by
@@ -71,6 +71,8 @@ class LiveControls:
 
         Returns:
             Those that train: these, or, where a cell is run again, the ones that are training in this folder already.
+        Raises:
+            UserError: another run trains in the background of this notebook.
         """
         if self.box is None:
             self.result = start_or_resume(self.config, self.folder, session=self.session)
@@ -78,13 +80,16 @@ class LiveControls:
             data, metadata = self.picture.bundle()
             display(data, metadata=metadata, raw=True)
             return self
-        training = IN_BACKGROUND.setdefault(self.folder.resolve(), self)
-        assert isinstance(training, LiveControls)
-        training._show()
-        if training is self:
-            self._thread = threading.Thread(target=self._train, name=f"training {self.folder}", daemon=True)
-            self._thread.start()
-        return training
+        training = IN_BACKGROUND.get(self.folder.resolve())
+        if isinstance(training, LiveControls):
+            training._show()
+            return training
+        check_nothing_trains()
+        IN_BACKGROUND[self.folder.resolve()] = self
+        self._show()
+        self._thread = threading.Thread(target=self._train, name=f"training {self.folder}", daemon=True)
+        self._thread.start()
+        return self
 
     def _show(self) -> None:
         data, metadata = self.picture.bundle(self.box)
