@@ -65,7 +65,8 @@ def plot_sweep(
     if lines:
         axes.legend(title=lines, frameon=False)
     num_seeds = max(len(_figures(cell, metric)) for cell in measured)
-    figure.supxlabel(f"{num_seeds} seed{'s' * (num_seeds > 1)}; bars: 95 % t interval", fontsize="small")
+    seeds_said = f"{num_seeds} seeds; bars: 95 % t interval" if num_seeds > 1 else "1 seed: no interval"
+    figure.supxlabel(seeds_said, fontsize="small")
     figure.suptitle(wrapped(_finding(measured, x=x, lines=lines, metric=metric)))
     return figure
 
