@@ -81,7 +81,7 @@ THRESHOLD = 0.8
 CHANGES = ["teacher.device=cuda:1"] if session.machine.num_devices > 1 else []  # what `kdkit distill --set` takes
 RUN = Path("runs") / f"05_student_generation-{PAIR}-{SIZE.replace(' ', '-')}"
 
-STEPS = {"smoke": {"start": 3, "arm": 4}, "5 minutes": {"start": 60, "arm": 120}, "1 hour": {"start": 300, "arm": 1500}}
+STEPS = {"smoke": {"start": 3, "arm": 4}, "5 minutes": {"start": 60, "arm": 100}, "1 hour": {"start": 300, "arm": 1500}}
 NUM_STEPS = STEPS[SIZE]
 TEST_ROWS = {"smoke": 6, "5 minutes": 150, "1 hour": 500}[SIZE]
 
