@@ -289,10 +289,11 @@ class TestGenerationNotebook:
         assert not [o for o in outputs(generated) if o.output_type == "error" or o.get("name") == "stderr"]
         assert not re.search(r"warning", printed(generated), re.IGNORECASE)
 
-    def test_it_shows_the_comparison_and_both_rollouts_as_pictures(self, generated):
+    def test_it_shows_the_comparison_both_rollouts_and_the_slider_as_pictures(self, generated):
         titles = [o.metadata["image/png"]["alt"] for o in outputs(generated) if "image/png" in o.get("data", {})]
-        assert len(titles) == 3
-        assert sum("student's own text" in title for title in titles) == 2
+        assert len(titles) == 4
+        assert sum("student's own text" in title for title in titles) == 3
+        assert titles[-1].startswith("φ = ")
 
     def test_distillms_trace_is_shown_for_each_reference(self, generated):
         (line,) = [line for line in printed(generated).splitlines() if line.split()[:1] == ["previous"]]
