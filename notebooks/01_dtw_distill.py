@@ -61,7 +61,7 @@ if find_spec("kdkit") is None:
 # %%
 from kdkit.session import begin
 
-session = begin(hours=float(os.environ.get("KDKIT_HOURS", "11")))
+session = begin(hours=11)
 
 # %% [markdown]
 # ## Settings

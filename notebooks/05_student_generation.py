@@ -62,7 +62,7 @@ if find_spec("kdkit") is None:
 # %%
 from kdkit.session import begin
 
-session = begin(hours=float(os.environ.get("KDKIT_HOURS", "11")))
+session = begin(hours=11)
 
 # %% [markdown]
 # ## Settings
@@ -95,9 +95,10 @@ TEST_ROWS = {"smoke": 6, "5 minutes": 150, "1 hour": 500}[SIZE]
 from kdkit.config import load_config
 from kdkit.session.runs import start_or_resume
 
-COMMON = [f"data.test_rows={TEST_ROWS}", "evaluation.teacher=false", "evaluation.before=false", *CHANGES]
+answered = f"evaluation.generate_rows={min(TEST_ROWS, 50)}"
+COMMON = [f"data.test_rows={TEST_ROWS}", answered, "evaluation.teacher=false", "evaluation.before=false", *CHANGES]
 start_config = load_config(
-    {"preset": [PAIR, "sft"], "optim": {"max_steps": NUM_STEPS["start"]}}, [*COMMON, "evaluation.generate_rows=50"]
+    {"preset": [PAIR, "sft"], "optim": {"max_steps": NUM_STEPS["start"]}}, COMMON
 )
 start = start_or_resume(start_config, RUN / "start", session=session)
 
@@ -122,7 +123,7 @@ from_start = [f"student.path={start.model}", "student.from_scratch=false", f"eva
 results = {}
 for name, rollout in ARMS.items():
     tree = {"preset": [PAIR, "fkl"], "optim": {"max_steps": NUM_STEPS["arm"]}, "rollout": rollout}
-    config = load_config(tree, [*COMMON, *from_start, "evaluation.generate_rows=50", "logging.every_steps=5"])
+    config = load_config(tree, [*COMMON, *from_start, "logging.every_steps=5"])
     results[name] = start_or_resume(config, RUN / name, session=session)
     if results[name] is None:  # the session's time is over
         break

@@ -38,13 +38,12 @@ KNOBS = {
     "rollout/threshold": ("threshold φ", RED),
 }
 """Figure of a log row -> what a reader calls it, and its colour."""
-FIELD_NAMES = {
-    "objective.kd.weight": "kd weight",
-    "objective.lm.weight": "lm weight",
-    "objective.dtw.weight": "dtw weight",
-    "objective.kd.temperature": "temperature",
-    "rollout.threshold": "threshold φ",
-}
+_FIELDS = (
+    *(f"objective.{name}.weight" for name in ("kd", "lm", "dtw")),
+    "objective.kd.temperature",
+    "rollout.threshold",
+)
+FIELD_NAMES = {field: label for field, (label, _) in zip(_FIELDS, KNOBS.values(), strict=True)}
 """Field that can be changed -> what a reader calls it."""
 _MOST_CHANGES_IN_TITLE = 2
 

@@ -56,7 +56,7 @@ def plot_rollout(metrics_rows: Sequence[Row]) -> "Figure":
     figure, panels = stacked_panels(len(ratios), height=1.8 * sum(ratios), ratios=ratios)
     mix_axes, threshold_axes = panels[:2]
     steps = run_steps(rows, begins)
-    _draw_sources(mix_axes, steps, rows)
+    draw_sources(mix_axes, steps, {name: np.nan_to_num(column(rows, f"{PREFIX}{name}_fraction")) for name in SOURCES})
     _draw_threshold(threshold_axes, steps, rows)
     _draw_rouge_l(threshold_axes, run_steps(evaluations, begins), evaluations)
     for step in run_steps([row for row in evaluations if _is_taken_back(row)], begins):
@@ -73,11 +73,11 @@ def _is_taken_back(row: Row) -> bool:
     return bool(row.get(f"{PREFIX}taken_back"))
 
 
-def _draw_sources(axes: "Axes", steps: np.ndarray, rows: Sequence[Row]) -> None:
-    every = {name: np.nan_to_num(column(rows, f"{PREFIX}{name}_fraction")) for name in SOURCES}
+def draw_sources(axes: "Axes", steps: np.ndarray, every: Mapping[str, np.ndarray], *, legend_at: float = 1.1) -> None:
+    """The shares of the training rows by source, up to each step; empty prompts only where there are some."""
     shares = {name: share for name, share in every.items() if name != "empty" or share.any()}
     axes.stackplot(
-        _edges(steps),
+        edges(steps),
         *(np.append(share, share[-1:]) for share in shares.values()),
         labels=list(shares),
         colors=[SOURCES[name] for name in shares],
@@ -86,12 +86,12 @@ def _draw_sources(axes: "Axes", steps: np.ndarray, rows: Sequence[Row]) -> None:
     )
     axes.set_ylim(0, 1)
     axes.set_ylabel("share of\ntraining rows")
-    axes.legend(loc="center left", bbox_to_anchor=(1.1, 0.5), frameon=False)
+    axes.legend(loc="center left", bbox_to_anchor=(legend_at, 0.5), frameon=False)
 
 
 def _draw_threshold(axes: "Axes", steps: np.ndarray, rows: Sequence[Row]) -> None:
     values = column(rows, f"{PREFIX}threshold")
-    axes.plot(_edges(steps), np.append(values, values[-1:]), color=INK, drawstyle="steps-post")
+    axes.plot(edges(steps), np.append(values, values[-1:]), color=INK, drawstyle="steps-post")
     axes.set_ylim(0, 1.05)
     axes.set_ylabel("threshold φ")
 
@@ -115,7 +115,7 @@ def _draw_refusals(axes: "Axes", steps: np.ndarray, rows: Sequence[Row]) -> None
     shares = refusals(rows)
     if shares:
         axes.stackplot(
-            _edges(steps),
+            edges(steps),
             *(np.append(share, share[-1:]) for share in shares.values()),
             labels=[name.replace("_", " ") for name in shares],
             colors=_REASON_COLOURS[: len(shares)],
@@ -135,14 +135,14 @@ def refusals(rows: Sequence[Row]) -> Mapping[str, np.ndarray]:
     return {name: share for name, share in shares.items() if share.any()}
 
 
-def _edges(steps: np.ndarray) -> np.ndarray:
+def edges(steps: np.ndarray) -> np.ndarray:
     """Where a row's steps begin, and where the last one's end: a log row speaks of the steps up to it."""
-    return np.concatenate([[max(steps[0] - 1, 0)], steps])
+    return np.concatenate([[max(steps[0] - 1, 0)], steps]) if len(steps) else steps
 
 
 def _finding(rows: Sequence[Row], evaluations: Sequence[Row]) -> str:
     """How much of the student's text was trained on, what became of the rest, and what the threshold did."""
-    weights = np.diff(_edges(run_steps(rows, dict.fromkeys([str(row.get("stage", "")) for row in rows], 0.0))))
+    weights = np.diff(edges(run_steps(rows, dict.fromkeys([str(row.get("stage", "")) for row in rows], 0.0))))
     weights = np.maximum(weights, 1.0)
     own = sum(np.nan_to_num(column(rows, f"{PREFIX}{name}_fraction")) for name in ("fresh", "replayed"))
     sentence = f"{np.average(own, weights=weights):.0%} of the training rows were the student's own text"

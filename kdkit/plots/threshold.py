@@ -7,7 +7,7 @@ import numpy as np
 
 from kdkit.errors import UserError
 from kdkit.plots.axes import BLUE, FAINT, GREEN, INK, RED, stacked_panels, wrapped
-from kdkit.plots.rollout import SOURCES
+from kdkit.plots.rollout import SOURCES, draw_sources, edges
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +44,7 @@ def plot_threshold(traces: Sequence[Trace], *, threshold: float, label: str) -> 
     return figure
 
 
-def mean_over_seeds(traces: Sequence[Trace], name: str, steps_name: str) -> tuple[np.ndarray, np.ndarray]:
+def values_of_seeds(traces: Sequence[Trace], name: str, steps_name: str) -> tuple[np.ndarray, np.ndarray]:
     """A figure of several seeds at the steps that all of them have.
 
     Args:
@@ -65,28 +65,17 @@ def _of(traces: Sequence[Trace], label: str, threshold: float) -> list[Trace]:
 
 
 def _draw_mix(axes: "Axes", chosen: Sequence[Trace]) -> None:
-    steps, _ = mean_over_seeds(chosen, "gold", "train_steps")
-    shares = {name: mean_over_seeds(chosen, name, "train_steps")[1].mean(0) for name in SOURCES}
-    shown = {name: share for name, share in shares.items() if name != "empty" or share.any()}
-    axes.stackplot(
-        _edges(steps),
-        *(np.append(share, share[-1:]) for share in shown.values()),
-        labels=list(shown),
-        colors=[SOURCES[name] for name in shown],
-        step="post",
-        alpha=0.85,
-    )
-    axes.set_ylim(0, 1)
-    axes.set_ylabel("share of\ntraining rows")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    steps, _ = values_of_seeds(chosen, "gold", "train_steps")
+    shares = {name: values_of_seeds(chosen, name, "train_steps")[1].mean(0) for name in SOURCES}
+    draw_sources(axes, steps, shares, legend_at=1.0)
 
 
 def _draw_phi(axes: "Axes", chosen: Sequence[Trace]) -> None:
-    steps, values = mean_over_seeds(chosen, "phi", "train_steps")
-    edges = _edges(steps)
+    steps, values = values_of_seeds(chosen, "phi", "train_steps")
+    ends = edges(steps)
     low, mean, high = (np.append(line, line[-1:]) for line in (values.min(0), values.mean(0), values.max(0)))
-    axes.fill_between(edges, low, high, step="post", color=INK, alpha=0.15, linewidth=0)
-    axes.plot(edges, mean, color=INK, drawstyle="steps-post")
+    axes.fill_between(ends, low, high, step="post", color=INK, alpha=0.15, linewidth=0)
+    axes.plot(ends, mean, color=INK, drawstyle="steps-post")
     axes.set_ylim(0, 1.05)
     axes.set_ylabel("threshold φ")
     taken_back = sum(any(trace["taken_back"]) for trace in chosen)
@@ -118,18 +107,13 @@ def _draw_rouge_l(axes: "Axes", traces: Sequence[Trace], *, threshold: float, la
 
 def _rouge_l(traces: Sequence[Trace]) -> tuple[np.ndarray, np.ndarray]:
     """Steps at which every seed has one, and the values."""
-    steps, values = mean_over_seeds(traces, "rouge_l", "eval_steps")
+    steps, values = values_of_seeds(traces, "rouge_l", "eval_steps")
     measured = np.isfinite(values).all(0)
     return steps[measured], values[:, measured]
 
 
 def _other_labels(traces: Sequence[Trace], label: str) -> list[str]:
     return [name for name in dict.fromkeys(trace["label"] for trace in traces) if name != label]
-
-
-def _edges(steps: np.ndarray) -> np.ndarray:
-    """Where a row's steps begin, and where the last one's end."""
-    return np.concatenate([[max(steps[0] - 1, 0)], steps]) if len(steps) else steps
 
 
 def _lines(label: str) -> str:
@@ -139,8 +123,8 @@ def _lines(label: str) -> str:
 
 def _mean_share(chosen: Sequence[Trace], name: str) -> float:
     """Over all steps and seeds: a log row weighs as much as the steps it speaks of."""
-    steps, shares = mean_over_seeds(chosen, name, "train_steps")
-    return float(np.average(shares.mean(0), weights=np.maximum(np.diff(_edges(steps)), 1.0))) if len(steps) else 0.0
+    steps, shares = values_of_seeds(chosen, name, "train_steps")
+    return float(np.average(shares.mean(0), weights=np.maximum(np.diff(edges(steps)), 1.0))) if len(steps) else 0.0
 
 
 def _finding(traces: Sequence[Trace], *, threshold: float, label: str) -> str:

@@ -97,6 +97,7 @@ class TimeNote(TrainerCallback):
         self.session = session
         self.say = say
         self._began = 0.0
+        self._first_step = 0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count the first steps; the very first one is no measure."""

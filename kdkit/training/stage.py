@@ -117,33 +117,9 @@ def run_stage(
         stop=stop,
         resumed_from=resumed_from,
     )
-    model, own_text = _build_model(config, inputs), _build_rollout(config, inputs, num_steps)
-    trainer = DistillTrainer(
-        model,
-        training_arguments(config, folder, num_steps=num_steps, precision=inputs.precision, use_cpu=inputs.use_cpu),
-        stage=name,
-        collator=inputs.collator,
-        train_rows=inputs.train_rows,
-        eval_rows=inputs.eval_rows,
-        teacher=inputs.teacher,
-        tokenizer=inputs.tokenizer,
-        metrics=metrics,
-        generate=inputs.generate,
-        rollout=own_text,
-        changeable=None
-        if controls is None
-        else ChangeableStage(
-            controls,
-            stage=name,
-            objective=model.objective,
-            rollout=own_text,
-            num_steps=num_steps,
-            metrics=metrics,
-            stop=stop,
-        ),
-        on_nonfinite=config.objective.on_nonfinite,
-        keep=config.checkpoint.keep,
-        callbacks=[flow, ConsoleProgress(name), *callbacks],
+    callbacks = [flow, ConsoleProgress(name), *callbacks]
+    trainer = _build_trainer(
+        config, inputs, folder, num_steps=num_steps, metrics=metrics, stop=stop, controls=controls, callbacks=callbacks
     )
     flow.trainer = trainer
     trainer.accelerator.wait_for_everyone()  # every process has read the log by now
@@ -218,6 +194,50 @@ def _num_processes() -> int:
 def _step_of(path: Path | None) -> int:
     """Completed steps of a checkpoint; 0 without one."""
     return 0 if path is None else int(path.name.removeprefix(checkpoint.PREFIX))
+
+
+def _build_trainer(
+    config: DistillConfig,
+    inputs: StageInputs,
+    folder: Path,
+    *,
+    num_steps: int,
+    metrics: MetricsFile,
+    stop: StopRequest,
+    controls: Controls | None,
+    callbacks: list[TrainerCallback],
+) -> DistillTrainer:
+    """The trainer of a stage, with the student's own text and a person's hand where there are such."""
+    (name,) = config.stages
+    model, own_text = _build_model(config, inputs), _build_rollout(config, inputs, num_steps)
+    changeable = None
+    if controls is not None:
+        changeable = ChangeableStage(
+            controls,
+            stage=name,
+            objective=model.objective,
+            rollout=own_text,
+            num_steps=num_steps,
+            metrics=metrics,
+            stop=stop,
+        )
+    return DistillTrainer(
+        model,
+        training_arguments(config, folder, num_steps=num_steps, precision=inputs.precision, use_cpu=inputs.use_cpu),
+        stage=name,
+        collator=inputs.collator,
+        train_rows=inputs.train_rows,
+        eval_rows=inputs.eval_rows,
+        teacher=inputs.teacher,
+        tokenizer=inputs.tokenizer,
+        metrics=metrics,
+        generate=inputs.generate,
+        rollout=own_text,
+        changeable=changeable,
+        on_nonfinite=config.objective.on_nonfinite,
+        keep=config.checkpoint.keep,
+        callbacks=callbacks,
+    )
 
 
 def _build_model(config: DistillConfig, inputs: StageInputs) -> DistillModel:
