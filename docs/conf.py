@@ -30,7 +30,8 @@ extensions = [
     "extensions.start",
 ]
 root_doc = "README"
-include_patterns = ["README.md", "docs/*.md", "docs/api/*.rst", "notebooks/*", "kdkit/presets/*.md", "data/demo/*.md"]
+include_patterns = ["README.md", "docs/*.md", "docs/api/*.rst", "notebooks/*"]
+include_patterns += ["data/demo/*.md", "kaggle/*.md", "kdkit/presets/*.md"]
 exclude_patterns = [".*", "build", "dist", "runs", "**/runs", "**/.*"]
 smartquotes = False
 

@@ -86,6 +86,17 @@ class TestDocstrings:
         assert docstring_of("here", "jsd").startswith("Generalised")
 
 
+class TestLinks:
+    def test_every_page_that_the_readme_links_is_built(self):
+        """kaggle/README.md was not: the docs failed at their last step."""
+        lines = (ROOT / "docs" / "conf.py").read_text(encoding="utf-8").splitlines()
+        patterns = " ".join(line for line in lines if line.startswith("include_patterns"))
+        linked = re.findall(r"\]\(([\w./]+\.(?:md|ipynb))\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+        assert "kaggle/README.md" in linked
+        for page in linked:
+            assert any(Path(page).match(pattern) for pattern in re.findall(r'"([^"]+)"', patterns)), page
+
+
 @pytest.fixture
 def restructured(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
@@ -143,7 +154,7 @@ def built(tmp_path_factory):
     """The folder of a copy whose docs are built, so that nothing is left here."""
     root = tmp_path_factory.mktemp("docs") / "kdkit"
     leftovers = shutil.ignore_patterns("__pycache__", "runs", "api", ".*")
-    for name in ("docs", "kdkit", "notebooks", "data"):
+    for name in ("docs", "kaggle", "kdkit", "notebooks", "data"):
         shutil.copytree(ROOT / name, root / name, ignore=leftovers)
     shutil.copy(ROOT / "README.md", root)
     done = build(root)
