@@ -11,7 +11,8 @@ from accelerate.utils import find_batch_size, send_to_device
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from kdkit.data.batch import DistillCollator, EncodedRow, encode_prompts, encode_rows
+from kdkit.data.batch import DistillCollator, EncodedRow
+from kdkit.data.encoding import encode_prompts, encode_rows
 from kdkit.data.rows import RowReport, Rows, load_rows
 from kdkit.errors import UserError
 
@@ -216,7 +217,7 @@ class TestEncodeRows:
 
     def test_chunks_of_the_map_change_nothing(self, byte_tokenizer, monkeypatch):
         whole = encode([*PAIRS, ("none", None), *PAIRS], byte_tokenizer)
-        monkeypatch.setattr("kdkit.data.batch._ROWS_PER_MAP_STEP", 2)
+        monkeypatch.setattr("kdkit.data.encoding._ROWS_PER_MAP_STEP", 2)
         parts = encode([*PAIRS, ("none", None), *PAIRS], byte_tokenizer)
         assert parts.dataset[:] == whole.dataset[:]
         assert parts.report == whole.report

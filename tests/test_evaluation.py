@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kdkit.data import load_rows
-from kdkit.data.batch import DistillCollator, encode_rows
+from kdkit.data.batch import DistillCollator
+from kdkit.data.encoding import encode_rows
 from kdkit.errors import RunFailed, UserError
 from kdkit.evaluation import (
     GenerationSettings,

@@ -44,7 +44,7 @@ FLOORS = (
         "training.validation",
     ),
     ("memory", "teacher", "teacher.cache", "teacher.sources", "training.objective"),
-    ("data", "data.batch", "loading", "losses"),
+    ("data", "data.batch", "data.encoding", "loading", "losses"),
     (
         "attached",
         "config",

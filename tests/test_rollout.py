@@ -14,7 +14,8 @@ from tiny import make_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdkit.config import CollapseConfig, GuardConfig, demo_folder
-from kdkit.data.batch import DistillCollator, encode_prompts
+from kdkit.data.batch import DistillCollator
+from kdkit.data.encoding import encode_prompts
 from kdkit.data.spans import offsets_of_ids, word_units
 from kdkit.errors import UserError
 from kdkit.evaluation import Answer, GenerationSettings

@@ -316,7 +316,7 @@ class TestRefusals:
         with mock.patch.object(tokenizer, "decode", return_value="withoutspaces"):
             with pytest.raises(UserError, match=r"does not give back 'The quick brown fox.*dtw\.unit=token"):
                 build_rollout(mixed_config(pair, objective=objective), tokenizer=tokenizer, teacher=teacher, **steps)
-            tokens = mixed_config(pair, "objective.dtw.unit=token", objective=objective)
+            tokens = mixed_config(pair, "objective.unit=token", objective=objective)
             assert build_rollout(tokens, tokenizer=tokenizer, teacher=teacher, **steps) is not None
 
     def test_texts_beyond_the_students_positions_are_refused_before_step_1(self, pair, tmp_path):

@@ -64,7 +64,7 @@ class TestAccumulation:
 class TestWhatIsTrained:
     def test_the_projector_is_zeroed_clipped_saved_and_has_its_own_rate(self, pair, tmp_path):
         """WARD leaves it out of the optimizer; beside the Trainer's model its gradient is never zeroed."""
-        config = tiny_config(pair, "objective.dtw.projector_learning_rate=0.05", scheduler="constant", warmup_steps=0)
+        config = tiny_config(pair, "objective.adapter_learning_rate=0.05", scheduler="constant", warmup_steps=0)
         trainer, steps = gradients_of(config, tmp_path)
         name = f"adapters.{PROJECTOR}.weight"
         group = next(g for g in trainer.optimizer.param_groups if g["lr"] == 0.05)

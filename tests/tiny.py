@@ -108,7 +108,7 @@ def build_trainer(
     def rows(source: str, limit: int | None):
         loaded = load_rows(source, template=config.data.template, limit=limit)
         lengths = {"max_length": config.data.max_length, "max_prompt_length": config.data.max_prompt_length}
-        return encode_rows(loaded, tokenizer, unit=config.objective.dtw.unit, **lengths).dataset
+        return encode_rows(loaded, tokenizer, unit=config.objective.unit, **lengths).dataset
 
     teacher = None
     if objective.needs_teacher:

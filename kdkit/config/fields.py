@@ -178,8 +178,6 @@ class DtwConfig(Part):
 
     weight: Weight = Schedule.model_validate(0.0)
     """Share of the total; 0 is off."""
-    unit: Literal["word", "token"] = "word"
-    """What is aligned: hidden states averaged over words, or those of single tokens."""
     gamma: Positive = Schedule.model_validate(0.1)
     """Smoothing of the minimum, in units of the cost; smaller is closer to hard DTW. WARD: 0.1."""
     band: Count | None = 32
@@ -194,8 +192,6 @@ class DtwConfig(Part):
     """inverse_entropy weighs units by how certain the teacher is there, on each side by itself (WARD)."""
     adaptive_band: AdaptiveBandConfig | None = None
     """Soft band around the expected alignment; None is off."""
-    projector_learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak learning rate of the student-to-teacher projector. DWA-KD: 1e-3."""
 
 
 class ObjectiveConfig(Part):
@@ -204,6 +200,10 @@ class ObjectiveConfig(Part):
     kd: KdConfig = KdConfig()
     lm: LmConfig = LmConfig()
     dtw: DtwConfig = DtwConfig()
+    unit: Literal["word", "token"] = "word"
+    """What the terms over hidden states compare: states averaged over words, or those of single tokens."""
+    adapter_learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate of what the terms bring along, such as the student-to-teacher projector. DWA-KD: 1e-3."""
     chunk_tokens: Count = 256
     """Positions whose logits exist at the same time; smaller saves memory."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

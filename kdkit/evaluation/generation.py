@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
-from kdkit.data.batch import encode_prompts
+from kdkit.data.encoding import encode_prompts
 from kdkit.errors import UserError
 from kdkit.runtime import generator, preserved_rng_state
 

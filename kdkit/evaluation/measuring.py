@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdkit.data.batch import DistillCollator, EncodedRows, encode_rows
+from kdkit.data.batch import DistillCollator
+from kdkit.data.encoding import EncodedRows, encode_rows
 from kdkit.data.rows import Rows
 from kdkit.errors import RunFailed, UserError
 from kdkit.evaluation.generation import (

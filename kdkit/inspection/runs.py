@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdkit.config import DistillConfig, load_config
 from kdkit.config.reading import stage_config
-from kdkit.data.batch import Batch, DistillCollator, encode_rows
+from kdkit.data.batch import Batch, DistillCollator
+from kdkit.data.encoding import encode_rows
 from kdkit.data.rows import RowReport, Rows
 from kdkit.data.templates import Question, prompt_renderer
 from kdkit.errors import UserError
@@ -115,7 +116,7 @@ def encode_answer(models: RunModels, prompt: str, answer: str) -> Batch:
     """
     data, tokenizer = models.config.data, models.tokenizer
     aligning = aligning_stage(models.config)
-    unit = aligning[1].objective.dtw.unit if aligning else "word"
+    unit = aligning[1].objective.unit if aligning else "word"
     row = Rows(Dataset.from_dict({"prompt": [prompt], "references": [[answer]]}), "answer", RowReport(1, 1, {}), "")
     encoded = encode_rows(
         row, tokenizer, max_length=data.max_length, max_prompt_length=data.max_prompt_length, unit=unit

@@ -7,7 +7,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from kdkit.config import DistillConfig
-from kdkit.data.batch import EncodedRows, encode_rows
+from kdkit.data.encoding import EncodedRows, encode_rows
 from kdkit.data.rows import Rows, load_rows
 from kdkit.training.folder import RowsUsed
 from kdkit.training.progress import say
@@ -55,7 +55,7 @@ class RunRows:
         Raises:
             UserError: as `load_rows` and `encode_rows`.
         """
-        rows, data, unit = self.read(kind, config), config.data, config.objective.dtw.unit
+        rows, data, unit = self.read(kind, config), config.data, config.objective.unit
         prompts_suffice = kind == "train" and _prompts_suffice(config)
         key = (rows.sha256, data.max_length, data.max_prompt_length, unit, prompts_suffice)
         if key not in self._encoded:

@@ -266,7 +266,7 @@ class DistillTrainer(Trainer):
             {"params": student[False], "weight_decay": 0.0},
         ]
         if adapters:
-            rate = self.objective.config.dtw.projector_learning_rate
+            rate = self.objective.config.adapter_learning_rate
             groups.append({"params": adapters, "weight_decay": 0.0, "lr": rate})
         optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, trained)
         self.optimizer = optimizer_class(groups, **arguments)

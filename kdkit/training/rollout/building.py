@@ -6,7 +6,8 @@ from functools import partial
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdkit.config import DistillConfig
-from kdkit.data.batch import DistillCollator, EncodedRow, Unit
+from kdkit.data.batch import DistillCollator, EncodedRow
+from kdkit.data.encoding import Unit
 from kdkit.data.spans import text_not_given_back
 from kdkit.errors import UserError
 from kdkit.evaluation import GenerationSettings, label_losses
@@ -58,11 +59,11 @@ def build_rollout(
         top_p=settings.top_p,
         seed=config.seed,
     )
-    unit: Unit | None = config.objective.dtw.unit if config.objective.dtw.weight.largest > 0 else None
+    unit: Unit | None = config.objective.unit if config.objective.dtw.weight.largest > 0 else None
     if unit == "word" and (lost := text_not_given_back(tokenizer)) is not None:
         raise UserError(
             f"the words of what the student writes (rollout.mode {settings.mode}) are to be aligned, and its tokenizer "
-            f"does not give back {lost!r}: set objective.dtw.unit=token, or rollout.mode=off"
+            f"does not give back {lost!r}: set objective.unit=token, or rollout.mode=off"
         )
     score = partial(teacher_scores, teacher.model, collator, batch_size=config.optim.batch_size)
     begin = settings.gate.begin_fraction if settings.gate is not None else 0.0

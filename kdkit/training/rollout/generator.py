@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from kdkit.data.batch import NO_UNIT, EncodedRow, Unit
+from kdkit.data.batch import NO_UNIT, EncodedRow
+from kdkit.data.encoding import Unit
 from kdkit.data.spans import offsets_of_ids, word_units
 from kdkit.evaluation import Answer, GenerationSettings, generate_answers
 from kdkit.runtime import generator
