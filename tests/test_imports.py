@@ -44,7 +44,7 @@ FLOORS = (
         "training.validation",
     ),
     ("memory", "teacher", "teacher.cache", "teacher.sources", "training.objective"),
-    ("data", "data.batch", "data.encoding", "loading", "losses"),
+    ("data", "data.batch", "data.encoding", "data.pairs", "loading", "losses"),
     (
         "attached",
         "config",

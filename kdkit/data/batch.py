@@ -9,6 +9,7 @@ import torch
 
 NOT_COUNTED = -100  # the Trainer's label of a token that is not predicted
 NO_UNIT = -1
+NO_SPAN = -1
 
 
 class EncodedRow(TypedDict):
@@ -20,6 +21,10 @@ class EncodedRow(TypedDict):
     row_id: int
     is_gold: NotRequired[bool]
     """False for a text of the student: teacher and student are compared on it, its tokens are never labels to learn."""
+    span_ids: NotRequired[Sequence[int]]
+    """One for each of input_ids, -1 in the prompt; see `shared_spans`. Only where the teacher has another tokenizer."""
+    teacher: NotRequired["EncodedRow"]
+    """The same text as a teacher with another tokenizer reads it."""
 
 
 class Batch(TypedDict):
@@ -49,6 +54,12 @@ class Batch(TypedDict):
     """Rows with a unit."""
     num_labels: int
     """Counted tokens of gold rows."""
+    span_ids: NotRequired[torch.Tensor]
+    """(B, T), at the token itself; -1 = none. This and the rest are there where the teacher has another tokenizer."""
+    span_starts: NotRequired[np.ndarray]
+    """(S,) indices into `positions` at which a span begins, kept on the host; as many on either side."""
+    teacher: NotRequired["Batch"]
+    """The same rows as the teacher reads them: span s and unit u are the same bytes on both sides."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +67,12 @@ class DistillCollator:
     """Encoded rows to one padded batch; what counts is decided by lengths, never by comparing ids.
 
     pad_token_id may equal the end-of-text id. pad_to_multiple_of rounds T up, None = the longest row.
+    teacher_pad_token_id pads the teacher's side of rows that have one.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
+    teacher_pad_token_id: int | None = None
 
     def __call__(self, rows: Sequence[EncodedRow]) -> Batch:
         """Right-pads B rows to T tokens.
@@ -69,13 +82,23 @@ class DistillCollator:
         Returns:
             The batch; labels.flatten()[positions + 1] are the counted tokens. A prompt-only row gives no positions.
         """
+        batch = self._collate(rows, self.pad_token_id)
+        if "teacher" in rows[0]:
+            assert self.teacher_pad_token_id is not None
+            twin = self._collate([row["teacher"] for row in rows], self.teacher_pad_token_id)
+            assert len(twin["span_starts"]) == len(batch["span_starts"]), "a span is missing on one side"
+            batch["teacher"] = twin
+        return batch
+
+    def _collate(self, rows: Sequence[EncodedRow], pad_token_id: int) -> Batch:
+        """One side of the rows."""
         lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)  # (B,)
         prompt_lengths = np.array([row["prompt_length"] for row in rows], dtype=np.int64)
         assert prompt_lengths.min() >= 1, "the first token has no position that predicts it"
         steps = np.arange(self._padded_length(int(lengths.max())))  # (T,)
         is_token = steps < lengths[:, None]  # (B, T)
         is_counted = is_token & (steps >= prompt_lengths[:, None])  # (B, T)
-        input_ids = _scatter([row["input_ids"] for row in rows], is_token, self.pad_token_id)
+        input_ids = _scatter([row["input_ids"] for row in rows], is_token, pad_token_id)
         unit_ids = _scatter([row["unit_ids"] for row in rows], is_token, NO_UNIT)
         most_units = unit_ids.max(axis=1) + 1  # (B,)
         gold_rows = np.array([row.get("is_gold", True) for row in rows])  # (B,)
@@ -91,8 +114,13 @@ class DistillCollator:
             "unit_ids": unit_ids,
             "row_ids": np.array([row["row_id"] for row in rows], dtype=np.int64),
         }
+        starts = {}
+        if "span_ids" in rows[0]:
+            arrays["span_ids"] = _scatter([row["span_ids"] for row in rows], is_token, NO_SPAN)
+            starts["span_starts"] = _span_starts(arrays["span_ids"], is_counted)
         return Batch(
             **{name: torch.from_numpy(array) for name, array in arrays.items()},  # type: ignore[typeddict-item]
+            **starts,
             max_units=int(most_units.max()),
             num_sequences=int((most_units > 0).sum()),
             num_labels=int(is_gold.sum()),
@@ -101,6 +129,11 @@ class DistillCollator:
     def _padded_length(self, longest: int) -> int:
         multiple = self.pad_to_multiple_of or 1
         return -(-longest // multiple) * multiple
+
+
+def teacher_view(batch: Batch) -> Batch:
+    """The rows of a batch as the teacher reads them; the batch itself where both have one tokenizer."""
+    return batch.get("teacher", batch)
 
 
 def batch_rows(batch: Batch) -> list[EncodedRow]:
@@ -113,12 +146,19 @@ def batch_rows(batch: Batch) -> list[EncodedRow]:
     """
     lengths, prompt_lengths = batch["lengths"].tolist(), batch["prompt_lengths"].tolist()
     ids, units, row_ids = (batch[name].tolist() for name in ("input_ids", "unit_ids", "row_ids"))
-    return [
+    rows = [
         EncodedRow(
             input_ids=ids[b][:length], prompt_length=prompt_lengths[b], unit_ids=units[b][:length], row_id=row_ids[b]
         )
         for b, length in enumerate(lengths)
     ]
+    if "span_ids" in batch:
+        for row, spans in zip(rows, batch["span_ids"].tolist(), strict=True):
+            row["span_ids"] = spans[: len(row["input_ids"])]
+    if "teacher" in batch:
+        for row, twin in zip(rows, batch_rows(batch["teacher"]), strict=True):
+            row["teacher"] = twin
+    return rows
 
 
 def _scatter(rows: Sequence[Sequence[int]], is_token: np.ndarray, fill: int) -> np.ndarray:
@@ -126,3 +166,10 @@ def _scatter(rows: Sequence[Sequence[int]], is_token: np.ndarray, fill: int) -> 
     padded = np.full(is_token.shape, fill, dtype=np.int64)
     padded[is_token] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
     return padded
+
+
+def _span_starts(span_ids: np.ndarray, is_counted: np.ndarray) -> np.ndarray:
+    """(S,) which of the counted tokens, laid end to end, are the first of a span; (B, T) each."""
+    is_start = is_counted.copy()
+    is_start[:, 1:] &= span_ids[:, 1:] != span_ids[:, :-1]
+    return np.flatnonzero(is_start[is_counted])

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from kdkit.data.batch import NO_UNIT
+from kdkit.data.batch import NO_UNIT, EncodedRow
+from kdkit.data.pairs import Side, pair_row
 from kdkit.data.rows import Rows
 from kdkit.data.sources import quiet_datasets
 from kdkit.data.spans import Offsets, word_units
@@ -40,7 +41,8 @@ class EncodedRows:
 
     dataset has the columns `input_ids` (prompt, response, end-of-text), `prompt_length` in tokens,
     `unit_ids` (one for each of input_ids, -1 outside response words) and `row_id`, the index into the
-    rows it was made from.
+    rows it was made from; for a teacher with another tokenizer also `span_ids` and `teacher`, the
+    same columns of its side.
     """
 
     dataset: "datasets.Dataset"
@@ -50,8 +52,14 @@ class EncodedRows:
         return len(self.dataset)
 
 
-COLUMNS = ("input_ids", "prompt_length", "unit_ids", "row_id")
-"""Of EncodedRows.dataset."""
+@dataclass(frozen=True)
+class TeacherText:
+    """How a teacher with another tokenizer reads the same rows."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    """A fast one, with an end-of-text token."""
+    prompts: Sequence[str]
+    """The prompt of each row, written with the teacher's own chat template where there is one."""
 
 
 def encode_rows(
@@ -62,6 +70,7 @@ def encode_rows(
     max_prompt_length: int,
     unit: Unit = "word",
     keep_prompt_only: bool = False,
+    teacher: TeacherText | None = None,
 ) -> EncodedRows:
     """Tokenises prompts and gold answers once, separately as generation meets them, and joins them.
 
@@ -76,15 +85,19 @@ def encode_rows(
         max_prompt_length: most tokens of a prompt, below max_length; rows with longer ones are dropped.
         unit: what unit_ids number: the words of the response or its tokens.
         keep_prompt_only: keeps rows without an answer as their prompt alone.
+        teacher: of another tokenizer; the lengths then hold for its tokens too, and a response is cut on
+            both sides at the same byte.
     Returns:
         EncodedRows, in the order of rows and held in memory, with the count of rows dropped or cut.
     Raises:
         UserError: lengths that leave no room, an unknown unit, a tokenizer without end-of-text or
-            (for words) without offsets, or no row left.
+            (for words, or beside a teacher's) without offsets, or no row left.
     """
     _check_lengths(max_length, max_prompt_length)
-    _check_tokenizer(tokenizer, unit)
-    encoder = _Encoder(tokenizer, max_length, max_prompt_length, unit, keep_prompt_only)
+    _check_tokenizer(tokenizer, unit, needs_offsets=teacher is not None)
+    if teacher is not None:
+        _check_tokenizer(teacher.tokenizer, unit, needs_offsets=True)
+    encoder = _Encoder(tokenizer, max_length, max_prompt_length, unit, keep_prompt_only, teacher)
     from datasets.fingerprint import generate_random_fingerprint
 
     with quiet_datasets():
@@ -94,7 +107,7 @@ def encode_rows(
             batch_size=_ROWS_PER_MAP_STEP,
             with_indices=True,
             remove_columns=rows.dataset.column_names,
-            features=_features(),
+            features=_features(is_pair=teacher is not None),
             keep_in_memory=True,
             load_from_cache_file=False,
             new_fingerprint=generate_random_fingerprint(),  # else the tokenizer is pickled for one
@@ -124,6 +137,15 @@ def encode_prompts(prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase")
     return [ids if ids[: len(front)] == front else front + ids for ids in encoded]
 
 
+@dataclass(frozen=True)
+class _Text:
+    """Prompt and response of a row as one tokenizer reads them."""
+
+    prompt: list[int]
+    response: list[int]
+    offsets: Offsets
+
+
 @dataclass
 class _Encoder:
     """Encodes one chunk of rows at a time and counts what it drops or cuts."""
@@ -133,6 +155,7 @@ class _Encoder:
     max_prompt_length: int
     unit: Unit
     keep_prompt_only: bool
+    teacher: TeacherText | None
 
     def __post_init__(self) -> None:
         self.dropped: Counter[str] = Counter()
@@ -141,20 +164,25 @@ class _Encoder:
     def encode(self, chunk: Mapping[str, list], indices: Sequence[int]) -> dict[str, list[object]]:
         """One chunk of rows, by column, as columns of EncodedRows.dataset without the rows dropped."""
         gold = [references[0] if references else "" for references in chunk["references"]]
-        prompts = encode_prompts(chunk["prompt"], self.tokenizer)
-        responses = self._encode_responses(gold)
-        encoded: dict[str, list[object]] = {name: [] for name in COLUMNS}
-        for row_id, text, prompt, response in zip(indices, gold, prompts, responses, strict=True):
-            reason = self._why_dropped(text, prompt, response[0])
-            if reason is not None:
-                self.dropped[reason] += 1
-                continue
-            ids, units = self._join(text, prompt, response) if text else (prompt, [])
-            encoded["input_ids"].append(ids)
-            encoded["prompt_length"].append(len(prompt))
-            encoded["unit_ids"].append([NO_UNIT] * len(prompt) + units)
-            encoded["row_id"].append(row_id)
-        return encoded
+        own = _read(self.tokenizer, chunk["prompt"], gold, wants_offsets=self.wants_offsets)
+        theirs: list[_Text | None] = [None] * len(own)
+        if self.teacher is not None:
+            prompts = [self.teacher.prompts[index] for index in indices]
+            theirs = list(_read(self.teacher.tokenizer, prompts, gold, wants_offsets=True))
+        rows: list[Mapping[str, object]] = []
+        for row_id, text, student, teacher in zip(indices, gold, own, theirs, strict=True):
+            reason = self._why_dropped(text, student, teacher)
+            row = None if reason is not None else self._row(row_id, text, student, teacher)
+            if row is None:
+                self.dropped[reason or "answer has no text that both tokenizers cover"] += 1
+            else:
+                rows.append(row)
+        return {name: [row[name] for row in rows] for name in _features(is_pair=self.teacher is not None)}
+
+    @property
+    def wants_offsets(self) -> bool:
+        """Whether anything looks at where the student's tokens are in the text."""
+        return self.unit == "word" or self.teacher is not None
 
     def report(self, num_read: int, num_kept: int) -> EncodeReport:
         return EncodeReport(
@@ -164,44 +192,92 @@ class _Encoder:
             dict(self.truncated.most_common()),
         )
 
-    def _encode_responses(self, texts: list[str]) -> list[tuple[list[int], Offsets]]:
-        wants_offsets = self.unit == "word"
-        # Without it "</s>" in an answer about HTML would be an end-of-text; slow tokenizers may refuse it.
-        as_text = {"split_special_tokens": True} if self.tokenizer.is_fast else {}
-        encoded = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_offsets_mapping=wants_offsets,
-            verbose=False,
-            **as_text,
-        )
-        offsets = encoded["offset_mapping"] if wants_offsets else [[]] * len(texts)
-        return list(zip(encoded["input_ids"], offsets, strict=True))
-
-    def _why_dropped(self, text: str, prompt: list[int], response: list[int]) -> str | None:
+    def _why_dropped(self, text: str, student: _Text, teacher: _Text | None) -> str | None:
         if not text and not self.keep_prompt_only:
             return "no answer"
-        if not prompt:
+        reason = self._why_not(text, student, self.tokenizer)
+        if reason is None and teacher is not None and self.teacher is not None:
+            reason = self._why_not(text, teacher, self.teacher.tokenizer)
+            return None if reason is None else f"{reason} (as the teacher reads it)"
+        return reason
+
+    def _why_not(self, text: str, side: _Text, tokenizer: "PreTrainedTokenizerBase") -> str | None:
+        if not side.prompt:
             return "prompt has no tokens"
-        if len(prompt) > self.max_prompt_length:
+        if len(side.prompt) > self.max_prompt_length:
             return f"prompt longer than {self.max_prompt_length} tokens"
-        if text and not response:
+        if text and not side.response:
             return "answer has no tokens"
-        if self.tokenizer.eos_token_id in response:
+        if tokenizer.eos_token_id in side.response:
             return "answer contains the end-of-text token"
         return None
 
-    def _join(self, text: str, prompt: list[int], response: tuple[list[int], Offsets]) -> tuple[list[int], list[int]]:
+    def _row(self, row_id: int, text: str, student: _Text, teacher: _Text | None) -> EncodedRow | None:
+        """The row of a text; None where its two sides have nothing in common."""
+        if teacher is None:
+            ids, units = self._join(text, student) if text else (student.prompt, [])
+            unit_ids = [NO_UNIT] * len(student.prompt) + units
+            return EncodedRow(input_ids=ids, prompt_length=len(student.prompt), unit_ids=unit_ids, row_id=row_id)
+        assert self.teacher is not None
+        row = pair_row(
+            text,
+            Side(student.prompt, student.response, student.offsets, self.tokenizer.eos_token_id),
+            Side(teacher.prompt, teacher.response, teacher.offsets, self.teacher.tokenizer.eos_token_id),
+            row_id=row_id,
+            unit=self.unit,
+            room=(self.max_length - len(student.prompt), self.max_length - len(teacher.prompt)) if text else None,
+            ended=bool(text),
+        )
+        if text and row is not None and row["input_ids"][-1] != self.tokenizer.eos_token_id:
+            self.truncated["response truncated"] += 1
+        return row
+
+    def _join(self, text: str, side: _Text) -> tuple[list[int], list[int]]:
         """Ids of the whole row; unit ids of its response and its end-of-text."""
-        ids, offsets = response
-        room = self.max_length - len(prompt)
+        ids, offsets = side.response, side.offsets
+        room = self.max_length - len(side.prompt)
         fits = len(ids) < room
         if not fits:
             self.truncated["response truncated"] += 1
             ids, offsets = ids[:room], offsets[:room]
         end = [self.tokenizer.eos_token_id] if fits else []
         units = list(range(len(ids))) if self.unit == "token" else word_units(text, offsets)
-        return prompt + ids + end, units + [NO_UNIT] * len(end)
+        return side.prompt + ids + end, units + [NO_UNIT] * len(end)
+
+
+def encode_responses(
+    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, wants_offsets: bool
+) -> list[tuple[list[int], Offsets]]:
+    """Ids of responses, with (start, end) of each in characters; special tokens written out are ordinary text.
+
+    Args:
+        texts: responses.
+        tokenizer: a fast one where offsets are wanted.
+        wants_offsets: False gives empty lists of them.
+    Returns:
+        Ids and offsets of each, without special tokens.
+    """
+    if not texts:
+        return []
+    # Without it "</s>" in an answer about HTML would be an end-of-text; slow tokenizers may refuse it.
+    as_text = {"split_special_tokens": True} if tokenizer.is_fast else {}
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_offsets_mapping=wants_offsets,
+        verbose=False,
+        **as_text,
+    )
+    offsets = encoded["offset_mapping"] if wants_offsets else [[]] * len(texts)
+    return list(zip(encoded["input_ids"], offsets, strict=True))
+
+
+def _read(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], responses: Sequence[str], *, wants_offsets: bool
+) -> list[_Text]:
+    """Prompts and responses under one tokenizer."""
+    encoded = encode_responses(responses, tokenizer, wants_offsets=wants_offsets)
+    return [_Text(prompt, *pair) for prompt, pair in zip(encode_prompts(prompts, tokenizer), encoded, strict=True)]
 
 
 def _front_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -225,12 +301,17 @@ def _check_lengths(max_length: int, max_prompt_length: int) -> None:
         )
 
 
-def _check_tokenizer(tokenizer: "PreTrainedTokenizerBase", unit: str) -> None:
+def _check_tokenizer(tokenizer: "PreTrainedTokenizerBase", unit: str, *, needs_offsets: bool) -> None:
     name = f"tokenizer '{tokenizer.name_or_path}' ({type(tokenizer).__name__})"
     if unit not in ("word", "token"):
         raise UserError(f"unit is '{unit}', expected 'word' or 'token'")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name} has no end-of-text token: set its eos_token")
+    if needs_offsets and not tokenizer.is_fast:
+        raise UserError(
+            f"{name} is a slow one and gives no offsets, so its tokens cannot be laid beside those of another: use its "
+            "fast version (a folder with tokenizer.json), or a teacher and a student with one tokenizer"
+        )
     if unit == "word" and not tokenizer.is_fast:
         raise UserError(
             f"{name} is a slow one and gives no offsets, so its tokens cannot be put into words: "
@@ -238,9 +319,17 @@ def _check_tokenizer(tokenizer: "PreTrainedTokenizerBase", unit: str) -> None:
         )
 
 
-def _features() -> "datasets.Features":
+def _features(*, is_pair: bool) -> "datasets.Features":
     import datasets
 
     number = datasets.Value("int32")
-    numbers = datasets.List(number)
-    return datasets.Features(input_ids=numbers, prompt_length=number, unit_ids=numbers, row_id=number)
+    side = {
+        "input_ids": datasets.List(number),
+        "prompt_length": number,
+        "unit_ids": datasets.List(number),
+        "row_id": number,
+    }
+    if is_pair:
+        side["span_ids"] = datasets.List(number)
+        return datasets.Features(**side, teacher=dict(side))
+    return datasets.Features(**side)

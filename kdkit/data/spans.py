@@ -107,6 +107,46 @@ def shared_word_units(text: str, *sides: Offsets) -> list[list[int]]:
     return [np.where(first < 0, -1, unit_of_word[first]).tolist() for first, _ in touched]
 
 
+@dataclass(frozen=True)
+class SharedSpans:
+    """A text cut into spans that several tokenizers agree on."""
+
+    ids: tuple[list[int], ...]
+    """For each side one span id per token, 0, 1, 2, ... in the order of the text."""
+    ends: list[int]
+    """Where each span ends, in characters; it begins where the one before it ends."""
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+
+def shared_spans(text: str, *sides: Offsets) -> SharedSpans:
+    """Spans of the same text under several tokenizers: span s is the same bytes on all of them.
+
+    A span is the smallest stretch of text at whose both ends a token ends on every side. What no token of a side
+    covers, such as the spaces that WordPiece leaves out, belongs to the token after it, at the very end to the last
+    one. So every byte is in exactly one span, every token is in one span, and each span has a token on every side.
+
+    Args:
+        text: the common text.
+        sides: for each tokenizer the (start, end) of its tokens in characters; pieces of one character all carry its
+            range, and are never parted.
+    Returns:
+        SharedSpans; without a span where a side has no token.
+    """
+    arrays = [np.asarray(side, dtype=np.int64).reshape(-1, 2).clip(0, len(text)) for side in sides]
+    if any(len(spans) == 0 for spans in arrays):
+        return SharedSpans(tuple([] for _ in sides), [])
+    is_cut = np.logical_and.reduce([_is_cut(spans, len(text)) for spans in arrays])  # (chars + 1,)
+    ends = np.flatnonzero(is_cut)
+    ids = []
+    for spans in arrays:
+        has_text = spans[:, 0] < spans[:, 1]
+        own = np.where(has_text, np.searchsorted(ends, spans[:, 1]), np.searchsorted(ends, spans[:, 1], side="right"))
+        ids.append(np.maximum.accumulate(own.clip(max=len(ends) - 1)).tolist())
+    return SharedSpans(tuple(ids), ends.tolist())
+
+
 def offsets_of_ids(
     sequences: Sequence[Sequence[int]], tokenizer: "PreTrainedTokenizerBase"
 ) -> list[tuple[str, list[tuple[int, int]]]]:
@@ -207,6 +247,15 @@ def tokenizer_relation(a: "PreTrainedTokenizerBase", b: "PreTrainedTokenizerBase
     counts = f"{len(vocabulary_a):,} and {len(vocabulary_b):,} tokens"
     evidence = f"{agree}; {counts}, equal up to id {num_shared - 1:,}, the rest reserved"
     return TokenizerRelation("padded", evidence, num_shared)
+
+
+def _is_cut(spans: np.ndarray, num_chars: int) -> np.ndarray:
+    """(chars + 1,) bool: a token ends before this character and none goes on over it; the end of the text is one."""
+    starts, ends = spans[spans[:, 0] < spans[:, 1]].T
+    is_end = np.zeros(num_chars + 1, dtype=bool)
+    is_end[ends[ends < ends.max(initial=0)]] = True
+    is_end[num_chars] = True
+    return is_end & (_count_intervals(starts + 1, ends, num_chars + 1) == 0)
 
 
 def _word_edges(text: str) -> tuple[np.ndarray, np.ndarray]:
