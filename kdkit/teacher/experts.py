@@ -237,7 +237,7 @@ def _apply_experts(block: nn.Module, hidden: Tensor, ids: Tensor) -> Tensor:
         if count:
             outputs[places] = reader.expert(block, expert, hidden[places // k])
         start += count
-    return outputs.view(num_tokens, k, -1)
+    return outputs.view(num_tokens, k, hidden.shape[1])
 
 
 def _route(block: nn.Module, hidden: Tensor) -> Routing:
