@@ -60,8 +60,7 @@ def vector_distance(student: Tensor, teacher: Tensor, *, kind: str) -> Tensor:
         ValueError: unknown kind, or shapes that differ.
     Source: none.
     """
-    if kind not in DISTANCES:
-        raise ValueError(f"kind is {kind!r}; allowed: {', '.join(DISTANCES)}.")
+    check_kind(kind)
     if student.shape != teacher.shape:
         raise ValueError(
             f"student is {tuple(student.shape)} and teacher {tuple(teacher.shape)}; they must be the same."
@@ -300,6 +299,12 @@ def contrastive(student: Tensor, teacher: Tensor, *, temperature: float = 0.1, g
         no_negative |= groups[:, None] == groups
     no_negative.fill_diagonal_(False)
     return logits.masked_fill(no_negative, float("-inf")).logsumexp(1) - logits.diagonal()
+
+
+def check_kind(kind: str) -> None:
+    """Refuse what is no name in `DISTANCES`, with a ValueError."""
+    if kind not in DISTANCES:
+        raise ValueError(f"kind is {kind!r}; allowed: {', '.join(DISTANCES)}.")
 
 
 def _visible(lengths: Tensor, max_units: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdkit.losses.features import vector_distance
+from kdkit.losses.features import check_kind, vector_distance
 
 TINY = 1e-12
 """Gates are taken to be at least this, so that their logarithm is finite."""
@@ -52,12 +52,15 @@ class StudentAwareRouter(nn.Module):
         student_size: Hs, width of the student's states.
         num_experts: E, all experts of the teacher's block.
         kind: "cosine" or "mse", as in `kdkit.losses.features.vector_distance`.
+    Raises:
+        ValueError: unknown kind.
     Source: none. The idea of routing by the student's capacity and gap, progressive top-k, and the load balance of
     Switch Transformers (arXiv:2101.03961, eq. 4); differs: E sum f P - 1, divided by E - 1.
     """
 
     def __init__(self, student_size: int, num_experts: int, *, kind: str = "cosine") -> None:
         super().__init__()
+        check_kind(kind)
         self.num_experts = num_experts
         self.kind = kind
         self.capacity = nn.Linear(student_size, num_experts)
