@@ -89,7 +89,7 @@ class StudentAwareRouter(nn.Module):
             active: how many of the k experts take part, 1 to k. In between, the next one's gate is multiplied by the
                 fraction, so that a schedule from 1 to k is continuous: at 2.5 the first two in full, the third by half.
         Returns:
-            `RoutingResult`; float32, or float64 where an input is; n = 0 gives empty values and load balance 0.
+            `RoutingResult`; float32, or float64 where `projected` is; n = 0 gives empty values and load balance 0.
         Raises:
             ValueError: `active` out of range, or shapes that do not fit.
         """
@@ -102,7 +102,7 @@ class StudentAwareRouter(nn.Module):
                 f" {tuple(projected.shape)}; they must be (n, k), (n, k), (n, k, H) and (n, H)."
             )
         num_active = math.ceil(active)
-        ids, outputs = ids[:, :num_active], outputs[:, :num_active].detach()
+        ids, outputs = ids.to(projected.device)[:, :num_active], outputs[:, :num_active].detach()
         with torch.autocast(projected.device.type, enabled=False):
             projected = projected.to(torch.promote_types(projected.dtype, torch.float32))
             outputs = outputs.to(projected)
