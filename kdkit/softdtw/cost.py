@@ -40,11 +40,11 @@ def pairwise_cost(x: Tensor, y: Tensor, metric: str = "cosine") -> Tensor:
 
 def _cosine_cost(x: Tensor, y: Tensor) -> Tensor:
     """1 - cos, (B, N, M)."""
-    return 1.0 - _directions(x) @ _directions(y).mT
+    return 1.0 - directions(x) @ directions(y).mT
 
 
-def _directions(x: Tensor) -> Tensor:
-    """x / ||x||; 0, and gradient 0, for a zero vector."""
+def directions(x: Tensor) -> Tensor:
+    """x / ||x|| along the last dimension; 0, and gradient 0, for a zero vector."""
     norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     is_zero = norms <= ZERO_NORM
     return (x / norms.masked_fill(is_zero, 1.0)).masked_fill(is_zero, 0.0)
