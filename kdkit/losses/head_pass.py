@@ -46,7 +46,7 @@ class HeadPassResult:
     """Detached scalars by term: Σ over positions of token_weights · loss, or over spans of span_weights · loss, without
     the term's weight."""
     extras: dict[str, Tensor]
-    """Detached (N,) by name, those that were asked for."""
+    """Detached (N,) by name, those that were asked for; (S,) where the signal speaks of spans."""
 
 
 def head_pass(
@@ -91,8 +91,7 @@ def head_pass(
             f"student_hidden of shape {tuple(student_hidden.shape)}: must be (N, {student_head.weight.shape[1]}), the "
             "counted positions laid end to end and as wide as the head"
         )
-    starts = None if spans is None else spans.starts_on(student_hidden.device)
-    task = Task(student_head, signal, tuple(terms), chunk_tokens, tuple(extras), spans, starts)
+    task = Task(student_head, signal, tuple(terms), chunk_tokens, tuple(extras), spans)
     check_task(task, len(student_hidden), cut="Head(..., vocab_size=V')")
     inputs: tuple[Tensor | None, ...] = (student_hidden, student_head.weight, student_head.bias)
     if not torch.is_grad_enabled():  # a custom function is not told of no_grad
@@ -127,8 +126,7 @@ def logits_pass(
         ValueError: as `head_pass`.
     """
     ids_only = Head(student_logits.new_empty(student_logits.shape[-1], 0))
-    starts = None if spans is None else spans.starts_on(student_logits.device)
-    task = Task(ids_only, signal, tuple(terms), chunk_tokens, tuple(extras), spans, starts)
+    task = Task(ids_only, signal, tuple(terms), chunk_tokens, tuple(extras), spans)
     check_task(task, len(student_logits), cut="student_logits[:, :V']")
     if task.is_empty:
         return HeadPassResult(_zero_of(student_logits), {}, {})
@@ -209,7 +207,8 @@ def _walk_blocks(logits: Tensor, task: Task, rows: slice, *, tally: Tally, gradi
     form = gradients.wanted and task.has_weight
     row_scale = at_least_float32(logits.new_ones(len(logits), 1))  # (n, 1)
     entries = _BLOCK_ENTRIES.get(logits.device.type, _BLOCK_ENTRIES_ELSEWHERE)
-    size = max(1, entries // logits.shape[-1])  # rows of a block
+    num_ids = logits.shape[-1] if teacher is None else max(logits.shape[-1], teacher.num_ids)
+    size = max(1, entries // num_ids)  # rows of a block
     for piece in pieces(rows, size, task.spans):
         block = _within(piece, rows)
         known = _within(task.signal_rows(piece), task.signal_rows(rows))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -11,13 +12,7 @@ from torch import Tensor
 from kdkit.losses.cross_tokenizer import span_likelihood
 from kdkit.losses.divergences import Loss
 from kdkit.losses.spans import Spans
-from kdkit.teacher.signal import (
-    Head,
-    TeacherSignal,
-    at_least_float32,
-    bucket_logprobs,
-    tempered_logprobs,
-)
+from kdkit.teacher.signal import Head, TeacherSignal, at_least_float32, bucket_logprobs, tempered_logprobs
 
 TEACHER_ENTROPY, LABEL_LOGPROBS = "teacher_entropy", "label_logprobs"
 
@@ -27,6 +22,7 @@ class DivergenceTerm:
     """A divergence between teacher and student."""
 
     per: ClassVar[str] = "position"
+    """What each value of the loss speaks of."""
     name: str
     loss: Loss
     """(student_logprobs (n, C), teacher_logprobs (n, C)) -> (n,); differentiated by autograd, block by block."""
@@ -43,6 +39,7 @@ class LabelTerm:
     """Cross-entropy of the labels at temperature 1; needs no teacher."""
 
     per: ClassVar[str] = "position"
+    """What each value of the loss speaks of."""
     name: str
     targets: Tensor
     """(N,) ids below the head's V'; every position counts."""
@@ -62,6 +59,7 @@ class CrossTerm:
     """A comparison with a teacher of another vocabulary, at the first position of each span."""
 
     per: ClassVar[str] = "span"
+    """What each value of the loss speaks of."""
     name: str
     loss: Loss
     """(student_logprobs (s, V'), teacher_logprobs (s, W)) -> (s,); differentiated by autograd, block by block."""
@@ -78,6 +76,7 @@ class SpanTerm:
     """A comparison of what both sides give the text of each span; needs no signal."""
 
     per: ClassVar[str] = "span"
+    """What each value of the loss speaks of."""
     name: str
     targets: Tensor
     """(N,) ids below the head's V', the student's tokens of the text."""
@@ -106,8 +105,6 @@ class Task:
     chunk_tokens: int
     extra_names: tuple[str, ...]
     spans: Spans | None
-    span_starts: Tensor | None
-    """(S,) those of `spans`, on the student's device"""
 
     @property
     def temperatures(self) -> list[float]:
@@ -159,8 +156,13 @@ class Task:
 
     def starts_within(self, rows: slice) -> Tensor:
         """(s,) the first position of each span, counted from the first of `rows`."""
-        assert self.span_starts is not None
-        return self.span_starts[self.spans_within(rows)] - rows.start
+        return self._span_starts[self.spans_within(rows)] - rows.start
+
+    @cached_property
+    def _span_starts(self) -> Tensor:
+        """(S,) on the student's device: they move there once."""
+        assert self.spans is not None
+        return self.spans.starts_on(self.head.weight.device)
 
 
 @dataclass(frozen=True, eq=False)
