@@ -52,6 +52,7 @@ FLOORS = (
         "data.sources",
         "data.spans",
         "data.templates",
+        "data.vocabulary",
         "plots",
         "runtime",
         "schedules",
