@@ -3,16 +3,16 @@
 Both read the same bytes, so they are compared where their tokens meet: a span is the smallest stretch of bytes at
 both ends of which a token of either side ends, and at its first position both have read the same.
 
-=================  ===================================================  =======================  ===========================
-Loss               When                                                 Range                    Cost of a span
-=================  ===================================================  =======================  ===========================
-`hybrid`           the vocabularies share most tokens of the text       that of its divergence,  the divergence and `uld`,
-                   by their bytes                                       and 0 to 2 more          each over a part of the ids
-`uld`              they share little: other scripts, other families;    0 to 2                   a selection of K; to sort
-                   with top_k where V or W is large                                              150,000 takes 30 times that
-`span_likelihood`  spans of several tokens; or nothing is known of the  0 and more               none beside the labels'
-                   teacher but its log-probability of the text                                   log-probabilities
-=================  ===================================================  =======================  ===========================
+=================  ==============================================  =======================  ===========================
+Loss               When                                            Range                    Cost of a span
+=================  ==============================================  =======================  ===========================
+`hybrid`           the vocabularies share most tokens of the text  that of its divergence,  the divergence and `uld`,
+                   by their bytes                                  and 0 to 2 more          each over a part of the ids
+`uld`              they share little, as other scripts do;         0 to 2                   a selection of K; to sort
+                   with top_k where V or W is large                                         150,000 takes 30 times that
+`span_likelihood`  spans of several tokens; or the teacher's       0 and more               none beside the labels'
+                   log-probability of the text is all one has                               log-probabilities
+=================  ==============================================  =======================  ===========================
 
 `hybrid` and `uld` see the whole distribution over one token, the first of the span. `span_likelihood` sees all tokens
 of the span, but of each distribution only the outcome that the text took. So either goes together with it.
