@@ -1,4 +1,4 @@
-"""Rows, word units and batches; each name is imported from its module when it is first used."""
+"""Rows, word units, vocabularies and batches; each name is imported from its module when it is first used."""
 
 from importlib import import_module
 
@@ -14,7 +14,9 @@ _HOMES = {
     "encode_rows": "encoding",
     "TokenizerRelation": "spans",
     "char_to_byte_offsets": "spans",
+    "matching_ids": "vocabulary",
     "shared_word_units": "spans",
+    "token_bytes": "vocabulary",
     "tokenizer_relation": "spans",
     "word_units": "spans",
 }

@@ -1,5 +1,6 @@
 """Losses as pure functions, and the chunked pass that applies them from hidden states."""
 
+from kdkit.losses.cross_tokenizer import VocabularyMatch, hybrid, span_likelihood, uld
 from kdkit.losses.divergences import (
     LOSSES,
     Loss,
@@ -14,18 +15,24 @@ from kdkit.losses.divergences import (
     tvd,
 )
 from kdkit.losses.head_pass import HeadPassResult, head_pass, linear_divergence, logits_pass
-from kdkit.losses.terms import DivergenceTerm, LabelTerm
+from kdkit.losses.spans import Spans
+from kdkit.losses.terms import CrossTerm, DivergenceTerm, LabelTerm, SpanTerm
 
 __all__ = [
     "LOSSES",
+    "CrossTerm",
     "DivergenceTerm",
     "HeadPassResult",
     "LabelTerm",
     "Loss",
+    "SpanTerm",
+    "Spans",
+    "VocabularyMatch",
     "alpha_beta",
     "divergence",
     "forward_kl",
     "head_pass",
+    "hybrid",
     "jsd",
     "linear_divergence",
     "logits_pass",
@@ -33,5 +40,7 @@ __all__ = [
     "reverse_kl",
     "skew_forward_kl",
     "skew_reverse_kl",
+    "span_likelihood",
     "tvd",
+    "uld",
 ]

@@ -23,8 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kdkit.losses.checks import check_task
 from kdkit.losses.divergences import Loss, resolve_loss
-from kdkit.losses.terms import DivergenceTerm, LabelTerm, Tally, Task, block_objective, check_task
+from kdkit.losses.spans import Spans, pieces
+from kdkit.losses.terms import DivergenceTerm, Tally, Task, Term, block_objective
 from kdkit.teacher.signal import Head, TeacherSignal, at_least_float32, compute_dtype
 
 # Entries of the logits that the losses take at a time. A chunk is long for the sake of the matrix products, as the
@@ -41,35 +43,41 @@ class HeadPassResult:
     total: Tensor
     """Scalar with gradient: Σ over terms of weight · part."""
     parts: dict[str, Tensor]
-    """Detached scalars by term: Σ over positions of token_weights · loss, without the term's weight."""
+    """Detached scalars by term: Σ over positions of token_weights · loss, or over spans of span_weights · loss, without
+    the term's weight."""
     extras: dict[str, Tensor]
-    """Detached (N,) by name, those that were asked for."""
+    """Detached (N,) by name, those that were asked for; (S,) where the signal speaks of spans."""
 
 
 def head_pass(
     student_hidden: Tensor,
     student_head: Head,
     signal: TeacherSignal | None,
-    terms: Sequence[DivergenceTerm | LabelTerm],
+    terms: Sequence[Term],
     *,
     chunk_tokens: int = 256,
     extras: Sequence[str] = (),
+    spans: Spans | None = None,
 ) -> HeadPassResult:
     """Sum of all terms over the vocabulary, without the logits of all positions at once.
 
-    Σ over terms of weight · Σ_n token_weights_n · loss_n. Equal to the dense path within float32 rounding for
-    any chunk size. Matrix products run in `compute_dtype(student_hidden, weight)`, all else in float32.
-    Normalising by counts is the caller's business, through `weight` or by scaling the total.
+    Σ over terms of weight · Σ_n token_weights_n · loss_n; of a CrossTerm and a SpanTerm Σ_s span_weights_s · loss_s.
+    Equal to the dense path within float32 rounding for any chunk size. Matrix products run in
+    `compute_dtype(student_hidden, weight)`, all else in float32. Normalising by counts is the caller's business,
+    through `weight` or by scaling the total.
 
     Args:
         student_hidden: (N, H) final hidden states at the counted positions; N may be 0; gradient flows.
         student_head: the student's head; gradient flows to weight and bias where they require it.
-        signal: the teacher at the same N positions, on any device; None where no term or extra needs one.
+        signal: the teacher at the same N positions, on any device; with a CrossTerm at the first positions of the S
+            spans, over its own ids. None where no term or extra needs one.
         terms: what to sum; their names differ.
         chunk_tokens: positions whose logits exist at a time. More is faster, up to a few hundred.
         extras: per-position figures to return besides: "teacher_entropy" (nats, at temperature 1; of a top-k
-            signal with its tail as one outcome) and "label_logprobs" (the student's log-probability of the
-            first label term's targets).
+            signal with its tail as one outcome; of a signal at the spans' first positions (S,)) and
+            "label_logprobs" (the student's log-probability of the first label term's targets).
+        spans: the spans that the N positions are made of, where a CrossTerm or SpanTerm counts them. Chunks then end
+            where a span ends; one longer than chunk_tokens makes its chunk longer.
     Returns:
         Total, parts and extras, float32 (float64 for float64). The total depends on the inputs even where N = 0
         or all weights are 0: its gradient is then zero, which keeps distributed training in step.
@@ -83,7 +91,7 @@ def head_pass(
             f"student_hidden of shape {tuple(student_hidden.shape)}: must be (N, {student_head.weight.shape[1]}), the "
             "counted positions laid end to end and as wide as the head"
         )
-    task = Task(student_head, signal, tuple(terms), chunk_tokens, tuple(extras))
+    task = Task(student_head, signal, tuple(terms), chunk_tokens, tuple(extras), spans)
     check_task(task, len(student_hidden), cut="Head(..., vocab_size=V')")
     inputs: tuple[Tensor | None, ...] = (student_hidden, student_head.weight, student_head.bias)
     if not torch.is_grad_enabled():  # a custom function is not told of no_grad
@@ -97,10 +105,11 @@ def head_pass(
 def logits_pass(
     student_logits: Tensor,
     signal: TeacherSignal | None,
-    terms: Sequence[DivergenceTerm | LabelTerm],
+    terms: Sequence[Term],
     *,
     chunk_tokens: int = 256,
     extras: Sequence[str] = (),
+    spans: Spans | None = None,
 ) -> HeadPassResult:
     """The same sum from logits that exist already: for a head that cannot be had apart from its model.
 
@@ -110,23 +119,24 @@ def logits_pass(
         terms: as in `head_pass`.
         chunk_tokens: positions that are worked on at a time; autograd keeps what it needs of all of them.
         extras: as in `head_pass`.
+        spans: as in `head_pass`.
     Returns:
         As `head_pass`.
     Raises:
         ValueError: as `head_pass`.
     """
     ids_only = Head(student_logits.new_empty(student_logits.shape[-1], 0))
-    task = Task(ids_only, signal, tuple(terms), chunk_tokens, tuple(extras))
+    task = Task(ids_only, signal, tuple(terms), chunk_tokens, tuple(extras), spans)
     check_task(task, len(student_logits), cut="student_logits[:, :V']")
     if task.is_empty:
         return HeadPassResult(_zero_of(student_logits), {}, {})
     tally = Tally.zeros(task, len(student_logits), like=student_logits)
-    total, start = _zero_of(student_logits), 0
-    for logits in student_logits.split(chunk_tokens) if len(student_logits) else ():
-        rows = slice(start, start + len(logits))
+    total = _zero_of(student_logits)
+    chunks = list(pieces(slice(0, len(student_logits)), chunk_tokens, spans))
+    parts = student_logits.split([rows.stop - rows.start for rows in chunks]) if chunks else ()
+    for rows, logits in zip(chunks, parts, strict=True):
         teacher = task.teacher_rows(rows, logits.device)
         total = total + block_objective(at_least_float32(logits), teacher, task, rows=rows, tally=tally)
-        start = rows.stop
     return _result(task, total, parts=tally.parts(), extras=tally.extras)
 
 
@@ -171,8 +181,7 @@ class _HeadPass(torch.autograd.Function):
         head_bias = None if bias is None else bias[:num_ids].to(dtype)  # (V',)
         tally = Tally.zeros(task, num_positions, like=head_weight)
         gradients = _Gradients.zeros((hidden, weight, bias), ctx.needs_input_grad[:3], dtype=tally.values.dtype)
-        for start in range(0, num_positions, task.chunk_tokens):
-            rows = slice(start, min(start + task.chunk_tokens, num_positions))
+        for rows in pieces(slice(0, num_positions), task.chunk_tokens, task.spans):
             chunk = hidden[rows].to(dtype)  # (n, H)
             logits = F.linear(chunk, head_weight, head_bias)  # (n, V')
             row_scale = _walk_blocks(logits, task, rows, tally=tally, gradients=gradients)
@@ -198,14 +207,16 @@ def _walk_blocks(logits: Tensor, task: Task, rows: slice, *, tally: Tally, gradi
     form = gradients.wanted and task.has_weight
     row_scale = at_least_float32(logits.new_ones(len(logits), 1))  # (n, 1)
     entries = _BLOCK_ENTRIES.get(logits.device.type, _BLOCK_ENTRIES_ELSEWHERE)
-    size = max(1, entries // logits.shape[-1])  # rows of a block
-    for start in range(0, len(logits), size):
-        block = slice(start, min(start + size, len(logits)))
+    num_ids = logits.shape[-1] if teacher is None else max(logits.shape[-1], teacher.num_ids)
+    size = max(1, entries // num_ids)  # rows of a block
+    for piece in pieces(rows, size, task.spans):
+        block = _within(piece, rows)
+        known = _within(task.signal_rows(piece), task.signal_rows(rows))
         gradient = _block_gradient(
             logits[block],
-            None if teacher is None else teacher.rows(block.start, block.stop, logits.device),
+            None if teacher is None else teacher.rows(known.start, known.stop, logits.device),
             task,
-            rows=slice(rows.start + block.start, rows.start + block.stop),
+            rows=piece,
             tally=tally,
             form=form,
         )  # (r, V')
@@ -270,6 +281,11 @@ class _Gradients:
         left = hidden * row_scale  # (n, H) float32
         scale = _power_of_two(left.abs().amax())
         share.addcmul_(units.T @ (left / scale).to(units.dtype), scale)
+
+
+def _within(rows: slice, whole: slice) -> slice:
+    """The same rows, counted from the first of the whole."""
+    return slice(rows.start - whole.start, rows.stop - whole.start)
 
 
 def _is_half(dtype: torch.dtype) -> bool:

@@ -1,11 +1,17 @@
-"""The terms over the vocabulary: what they are, whether they go together, and their sum over a few positions."""
+"""The terms over the vocabulary: what they are, and their sum over a few positions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from kdkit.losses.cross_tokenizer import span_likelihood
 from kdkit.losses.divergences import Loss
+from kdkit.losses.spans import Spans
 from kdkit.teacher.signal import Head, TeacherSignal, at_least_float32, bucket_logprobs, tempered_logprobs
 
 TEACHER_ENTROPY, LABEL_LOGPROBS = "teacher_entropy", "label_logprobs"
@@ -15,6 +21,8 @@ TEACHER_ENTROPY, LABEL_LOGPROBS = "teacher_entropy", "label_logprobs"
 class DivergenceTerm:
     """A divergence between teacher and student."""
 
+    per: ClassVar[str] = "position"
+    """What each value of the loss speaks of."""
     name: str
     loss: Loss
     """(student_logprobs (n, C), teacher_logprobs (n, C)) -> (n,); differentiated by autograd, block by block."""
@@ -30,6 +38,8 @@ class DivergenceTerm:
 class LabelTerm:
     """Cross-entropy of the labels at temperature 1; needs no teacher."""
 
+    per: ClassVar[str] = "position"
+    """What each value of the loss speaks of."""
     name: str
     targets: Tensor
     """(N,) ids below the head's V'; every position counts."""
@@ -45,20 +55,67 @@ class LabelTerm:
 
 
 @dataclass(frozen=True, eq=False)
+class CrossTerm:
+    """A comparison with a teacher of another vocabulary, at the first position of each span."""
+
+    per: ClassVar[str] = "span"
+    """What each value of the loss speaks of."""
+    name: str
+    loss: Loss
+    """(student_logprobs (s, V'), teacher_logprobs (s, W)) -> (s,); differentiated by autograd, block by block."""
+    weight: float = 1.0
+    """Factor on the sum; at 0 the value is still computed, the gradient is not."""
+    temperature: float = 1.0
+    """Divides both sides' logits."""
+    span_weights: Tensor | None = None
+    """(S,) factor per span, no gradient; None is 1 everywhere."""
+
+
+@dataclass(frozen=True, eq=False)
+class SpanTerm:
+    """A comparison of what both sides give the text of each span; needs no signal."""
+
+    per: ClassVar[str] = "span"
+    """What each value of the loss speaks of."""
+    name: str
+    targets: Tensor
+    """(N,) ids below the head's V', the student's tokens of the text."""
+    teacher_logprobs: Tensor
+    """(S,) the teacher's log-probability of each span at temperature 1, no gradient."""
+    weight: float = 1.0
+    """Factor on the sum; at 0 the value is still computed, the gradient is not."""
+    temperature: float = 1.0
+    """The loss's own, of the spans' probabilities; logits are not softened."""
+    loss: Callable[..., Tensor] = span_likelihood
+    """(student_logprobs (s,), teacher_logprobs (s,), temperature=...) -> (s,)"""
+    span_weights: Tensor | None = None
+    """(S,) factor per span, no gradient; None is 1 everywhere."""
+
+
+Term = DivergenceTerm | LabelTerm | CrossTerm | SpanTerm
+
+
+@dataclass(frozen=True, eq=False)
 class Task:
     """All of a pass that is not differentiated."""
 
     head: Head
     signal: TeacherSignal | None
-    terms: tuple[DivergenceTerm | LabelTerm, ...]
+    terms: tuple[Term, ...]
     chunk_tokens: int
     extra_names: tuple[str, ...]
+    spans: Spans | None
 
     @property
     def temperatures(self) -> list[float]:
         """Each temperature once; the extras are taken at 1."""
-        asked = [term.temperature for term in self.terms] + [1.0] * bool(self.extra_names)
+        asked = [_softening(term) for term in self.terms] + [1.0] * bool(self.extra_names)
         return list(dict.fromkeys(asked))
+
+    @property
+    def compares_span_starts(self) -> bool:
+        """Whether the signal speaks of the first positions of spans, not of all positions."""
+        return any(isinstance(term, CrossTerm) for term in self.terms)
 
     @property
     def has_weight(self) -> bool:
@@ -73,19 +130,39 @@ class Task:
     @property
     def needs_teacher(self) -> bool:
         """Whether anything looks at the teacher."""
-        return TEACHER_ENTROPY in self.extra_names or any(isinstance(term, DivergenceTerm) for term in self.terms)
+        return any(self.asks_teacher(temperature) for temperature in self.temperatures)
 
     def asks_teacher(self, temperature: float) -> bool:
         """Whether anything looks at the teacher at this temperature."""
         if temperature == 1.0 and TEACHER_ENTROPY in self.extra_names:
             return True
-        return any(isinstance(t, DivergenceTerm) and t.temperature == temperature for t in self.terms)
+        return any(isinstance(t, DivergenceTerm | CrossTerm) and t.temperature == temperature for t in self.terms)
+
+    def spans_within(self, rows: slice) -> slice:
+        """The spans that positions `rows` are made of."""
+        assert self.spans is not None
+        return self.spans.within(rows)
+
+    def signal_rows(self, rows: slice) -> slice:
+        """What the signal calls positions `rows`."""
+        return self.spans_within(rows) if self.compares_span_starts else rows
 
     def teacher_rows(self, rows: slice, device: torch.device) -> TeacherSignal | None:
         """The teacher's part of a chunk, on the student's device; None where nothing looks at it."""
         if self.signal is None or not self.needs_teacher:
             return None
-        return self.signal.rows(rows.start, rows.stop, device)
+        known = self.signal_rows(rows)
+        return self.signal.rows(known.start, known.stop, device)
+
+    def starts_within(self, rows: slice) -> Tensor:
+        """(s,) the first position of each span, counted from the first of `rows`."""
+        return self._span_starts[self.spans_within(rows)] - rows.start
+
+    @cached_property
+    def _span_starts(self) -> Tensor:
+        """(S,) on the student's device: they move there once."""
+        assert self.spans is not None
+        return self.spans.starts_on(self.head.weight.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,14 +170,17 @@ class Tally:
     """What the blocks find out, detached."""
 
     values: Tensor
-    """(number of terms, N) token_weights · loss; added up at the end, as a running float32 sum would lose digits."""
+    """(number of terms, N) weighted loss of each position, or of each of S spans; added up at the end, as a running
+    float32 sum would lose digits."""
     extras: dict[str, Tensor]
-    """(N,) by name"""
+    """(N,) by name, (S,) for what the signal says of spans"""
 
     @classmethod
     def zeros(cls, task: Task, num_positions: int, *, like: Tensor) -> "Tally":
         values = at_least_float32(like.new_zeros(len(task.terms), num_positions))
-        return cls(values, {name: values.new_zeros(num_positions) for name in task.extra_names})
+        num_known = task.signal_rows(slice(0, num_positions)).stop
+        sizes = {TEACHER_ENTROPY: num_known, LABEL_LOGPROBS: num_positions}
+        return cls(values, {name: values.new_zeros(sizes[name]) for name in task.extra_names})
 
     def parts(self) -> Tensor:
         """(number of terms,) each term's sum."""
@@ -114,13 +194,13 @@ def block_objective(logits: Tensor, teacher: TeacherSignal | None, task: Task, *
         student_logprobs = tempered_logprobs(logits, temperature)  # (r, V')
         pair = None
         if teacher is not None and task.asks_teacher(temperature):
-            pair = _columns(student_logprobs, teacher, temperature)  # (r, C), (r, C)
+            pair = _columns(student_logprobs, teacher, task, temperature=temperature, rows=rows)  # (r, C), (r, C)
         for index, term in enumerate(task.terms):
-            if term.temperature != temperature:
+            if _softening(term) != temperature:
                 continue
             with torch.set_grad_enabled(torch.is_grad_enabled() and term.weight != 0):
-                values = _term_values(term, student_logprobs, pair, rows=rows)  # (r,)
-            tally.values[index, rows] = values.detach()
+                values = _term_values(term, student_logprobs, pair, task, rows=rows)  # (r,) or (s,)
+            tally.values[index, _counted(term, task, rows)] = values.detach()
             if term.weight != 0:
                 objective = objective + term.weight * values.sum()
         if temperature == 1.0:
@@ -128,35 +208,58 @@ def block_objective(logits: Tensor, teacher: TeacherSignal | None, task: Task, *
     return objective
 
 
-def _columns(student_logprobs: Tensor, teacher: TeacherSignal, temperature: float) -> tuple[Tensor, Tensor]:
-    """Both sides' log-probabilities over the columns of the signal."""
-    student = bucket_logprobs(student_logprobs, teacher.support)  # (r, C)
-    expected = teacher.logprobs_at(temperature)  # (r, C)
-    assert student.shape == expected.shape
+def _softening(term: Term) -> float:
+    """Temperature of the logits that a term looks at."""
+    return 1.0 if isinstance(term, SpanTerm) else term.temperature
+
+
+def _counted(term: Term, task: Task, rows: slice) -> slice:
+    """What a term sums over: of all N positions those of the block, of all S spans those."""
+    return task.spans_within(rows) if term.per == "span" else rows
+
+
+def _columns(
+    student_logprobs: Tensor, teacher: TeacherSignal, task: Task, *, temperature: float, rows: slice
+) -> tuple[Tensor, Tensor]:
+    """Both sides' log-probabilities over the columns of the signal, or each over its own ids at the spans' starts."""
+    expected = teacher.logprobs_at(temperature)  # (r, C) or (s, W)
+    if task.compares_span_starts:
+        student = student_logprobs.index_select(0, task.starts_within(rows))  # (s, V')
+    else:
+        student = bucket_logprobs(student_logprobs, teacher.support)  # (r, C)
+        assert student.shape[1:] == expected.shape[1:]
+    assert len(student) == len(expected)
     return student, expected
 
 
 def _term_values(
-    term: DivergenceTerm | LabelTerm,
-    student_logprobs: Tensor,
-    pair: tuple[Tensor, Tensor] | None,
-    *,
-    rows: slice,
+    term: Term, student_logprobs: Tensor, pair: tuple[Tensor, Tensor] | None, task: Task, *, rows: slice
 ) -> Tensor:
-    """token_weights · loss of a term over a block, (r,)."""
+    """Weighted loss of a term over a block, one for each position (r,) or span (s,)."""
+    counted = _counted(term, task, rows)
     if isinstance(term, LabelTerm):
         loss = -_label_logprobs(student_logprobs, term.targets[rows])  # (r,)
+    elif isinstance(term, SpanTerm):
+        given = _label_logprobs(student_logprobs, term.targets[rows])  # (r,)
+        sums = _sum_spans(given, task.starts_within(rows))  # (s,)
+        loss = term.loss(sums, term.teacher_logprobs[counted].detach().to(sums), temperature=term.temperature)
     else:
         assert pair is not None
-        loss = term.loss(*pair)  # (r,)
-        if loss.shape != student_logprobs.shape[:1]:
-            raise ValueError(
-                f"loss of term {term.name!r} returned shape {tuple(loss.shape)} for {len(student_logprobs)} "
-                "positions: return one value per position, not reduced"
-            )
-    if term.token_weights is not None:
-        loss = loss * term.token_weights[rows].detach().to(loss)
-    return loss
+        loss = term.loss(*pair)  # (r,) or (s,)
+    num_counted = counted.stop - counted.start
+    if loss.shape != (num_counted,):
+        raise ValueError(
+            f"loss of term {term.name!r} returned shape {tuple(loss.shape)} for {num_counted} {term.per}s: return one "
+            f"value per {term.per}, not reduced"
+        )
+    weights = term.span_weights if isinstance(term, CrossTerm | SpanTerm) else term.token_weights
+    return loss if weights is None else loss * weights[counted].detach().to(loss)
+
+
+def _sum_spans(values: Tensor, starts: Tensor) -> Tensor:
+    """(s,) sums of (r,) values from each start to the next, in order, so that a run gives the same digits again."""
+    edges = F.pad(starts, (0, 1), value=len(values))  # (s + 1,)
+    return torch.segment_reduce(values, "sum", offsets=edges, axis=0, unsafe=True)  # a look at edges would wait
 
 
 def _label_logprobs(student_logprobs: Tensor, targets: Tensor) -> Tensor:
@@ -175,56 +278,7 @@ def _fill_extras(
     if TEACHER_ENTROPY in extras:
         assert pair is not None
         surprisal = pair[1].neg().clamp_max(torch.finfo(pair[1].dtype).max)  # 0 · inf, where p = 0, is to be 0
-        extras[TEACHER_ENTROPY][rows] = (pair[1].exp() * surprisal).sum(-1)
+        extras[TEACHER_ENTROPY][task.signal_rows(rows)] = (pair[1].exp() * surprisal).sum(-1)
     if LABEL_LOGPROBS in extras:
         targets = next(term.targets for term in task.terms if isinstance(term, LabelTerm))
         extras[LABEL_LOGPROBS][rows] = _label_logprobs(student_logprobs, targets[rows])
-
-
-def check_task(task: Task, num_positions: int, *, cut: str) -> None:
-    """Refuse what does not go together, by shapes and names only: nothing here waits for the device.
-
-    `cut` says how the student is brought to its first V' ids.
-    """
-    if task.chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens={task.chunk_tokens}: give 1 or more")
-    names = [term.name for term in task.terms]
-    if len(set(names)) < len(names):
-        raise ValueError(f"terms named {names}: names must differ")
-    if task.signal is not None and task.signal.num_positions != num_positions:
-        raise ValueError(
-            f"{num_positions} positions of the student, {task.signal.num_positions} of the teacher's signal: "
-            "both must speak of the same positions"
-        )
-    for term in task.terms:
-        _check_term(term, task.signal, num_positions)
-    for name in task.extra_names:
-        _check_extra(name, task)
-    if task.signal is not None and task.needs_teacher and task.signal.num_ids != task.head.num_ids:
-        raise ValueError(
-            f"the student gives {task.head.num_ids} ids, the teacher's signal {task.signal.num_ids}: where the "
-            f"tokenizers agree on the first V' ids, make the signal of these alone and give {cut}"
-        )
-
-
-def _check_term(term: DivergenceTerm | LabelTerm, signal: TeacherSignal | None, num_positions: int) -> None:
-    if isinstance(term, DivergenceTerm) and signal is None:
-        raise ValueError(f"term {term.name!r} compares with a teacher, but signal is None")
-    columns = {"token_weights": term.token_weights}
-    if isinstance(term, LabelTerm):
-        columns["targets"] = term.targets
-    for field, values in columns.items():
-        if values is not None and values.shape != (num_positions,):
-            raise ValueError(
-                f"{field} of term {term.name!r} have shape {tuple(values.shape)}: must be ({num_positions},), "
-                "one for each position"
-            )
-
-
-def _check_extra(name: str, task: Task) -> None:
-    if name not in (TEACHER_ENTROPY, LABEL_LOGPROBS):
-        raise ValueError(f"unknown extra {name!r}: known are {TEACHER_ENTROPY} and {LABEL_LOGPROBS}")
-    if name == TEACHER_ENTROPY and task.signal is None:
-        raise ValueError(f"extra {name!r} needs a teacher, but signal is None")
-    if name == LABEL_LOGPROBS and not any(isinstance(term, LabelTerm) for term in task.terms):
-        raise ValueError(f"extra {name!r} needs a LabelTerm that brings the labels; its weight may be 0")

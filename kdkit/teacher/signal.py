@@ -133,7 +133,7 @@ class DenseSignal:
 
     def rows(self, start: int, stop: int, device: torch.device) -> "DenseSignal":
         """Positions start to stop, on a device."""
-        return DenseSignal(_moved(self.logits[start:stop].detach(), device))
+        return DenseSignal(moved(self.logits[start:stop].detach(), device))
 
     def logprobs_at(self, temperature: float) -> Tensor:
         """(N, V) float32 log-probabilities at a temperature; no gradient."""
@@ -251,9 +251,9 @@ class TopKSignal:
         """Positions start to stop, on a device."""
 
         def cut(values: dict[float, Tensor]) -> dict[float, Tensor]:
-            return {t: _moved(v[start:stop], device) for t, v in values.items()}
+            return {t: moved(v[start:stop], device) for t, v in values.items()}
 
-        return TopKSignal(_moved(self.ids[start:stop], device), cut(self.logprobs), cut(self.tail), self.num_ids)
+        return TopKSignal(moved(self.ids[start:stop], device), cut(self.logprobs), cut(self.tail), self.num_ids)
 
     def logprobs_at(self, temperature: float) -> Tensor:
         """Log-probabilities at a cached temperature; no gradient.
@@ -316,7 +316,7 @@ class SparseSignal:
         """
         dense = self.source.rows(start, stop, device)
         if self.ids is not None:  # a block of a chunk: its ids are known
-            return SparseSignal(dense, self.k, _moved(self.ids[start:stop], device))
+            return SparseSignal(dense, self.k, moved(self.ids[start:stop], device))
         if not 1 <= self.k <= dense.logits.shape[-1]:
             raise ValueError(f"k={self.k}: give 1 to {dense.logits.shape[-1]}, the number of ids")
         return SparseSignal(dense, self.k, dense.logits.topk(self.k, dim=-1).indices)
@@ -327,8 +327,15 @@ class SparseSignal:
         return bucket_logprobs(self.source.logprobs_at(temperature), self.support)
 
 
-def _moved(values: Tensor, device: torch.device) -> Tensor:
-    """On a device, without waiting where that is safe: what a CPU gets unawaited may be read before it is there."""
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """On a device, without waiting where that is safe: what a CPU gets unawaited may be read before it is there.
+
+    Args:
+        values: any tensor.
+        device: where to.
+    Returns:
+        The same values there.
+    """
     return values.to(device, non_blocking=device.type != "cpu")
 
 
@@ -386,6 +393,22 @@ def bucket_logprobs(logprobs: Tensor, ids: Tensor | None) -> Tensor:
     if ids is None:
         return logprobs
     kept = logprobs.gather(-1, ids)  # (N, K)
-    tail = logprobs.scatter(-1, ids, _LEFT_OUT).logsumexp(-1, keepdim=True)  # (N, 1)
-    tail = tail.masked_fill(tail < 0.5 * _LEFT_OUT, -math.inf)
+    tail = _log_mass(logprobs.scatter(-1, ids, _LEFT_OUT))  # (N, 1)
     return torch.cat([kept, tail], dim=-1)
+
+
+def log_mass(logprobs: Tensor) -> Tensor:
+    """Log of the mass of all columns together.
+
+    Args:
+        logprobs: (N, C) log-probabilities, C may be 0; gradient flows, also where nothing has mass.
+    Returns:
+        (N, 1), −inf where nothing has mass.
+    """
+    return _log_mass(logprobs.clamp_min(_LEFT_OUT))
+
+
+def _log_mass(logprobs: Tensor) -> Tensor:
+    """`log_mass` of rows that are not −inf throughout, of which logsumexp has no gradient."""
+    mass = logprobs.logsumexp(-1, keepdim=True)  # (N, 1)
+    return mass.masked_fill(mass < 0.5 * _LEFT_OUT, -math.inf)
