@@ -43,7 +43,7 @@ FLOORS = (
         "training.stopping",
         "training.validation",
     ),
-    ("memory", "teacher", "teacher.cache", "teacher.experts", "teacher.sources", "training.objective"),
+    ("memory", "teacher", "teacher.cache", "teacher.cross", "teacher.experts", "teacher.sources", "training.objective"),
     ("data", "data.batch", "data.encoding", "data.pairs", "loading", "losses"),
     (
         "attached",

@@ -117,7 +117,7 @@ class TestAlignmentOf:
         with torch.no_grad():
             s, words = word_means(student, tokenizer, *trained_row)
             t, _ = word_means(teacher, tokenizer, *trained_row)
-        projected = s @ load_file(aligned_run.model / "adapters.safetensors")["dtw_projector.weight"].T
+        projected = s @ load_file(aligned_run.model / "adapters.safetensors")["projector.weight"].T
         expected = (1 - torch.cosine_similarity(projected, t)).mean().item()
         found = alignment_of(aligned_models, *trained_row)
         assert found.diagonal_cost == pytest.approx(expected, rel=1e-4)

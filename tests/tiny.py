@@ -114,13 +114,12 @@ def build_trainer(
     if objective.needs_teacher:
         teacher = LiveTeacher(load_model(config.teacher.path, dtype=torch.float32, device="cpu"))
     student = load_model(config.student.path, dtype=torch.float32, device="cpu", trainable=True)
-    hidden_size = None if teacher is None else teacher.hidden_size
     torch.manual_seed(config.seed)
     folder.mkdir(parents=True, exist_ok=True)
     every = config.evaluation.every_steps
     flow = StageFlow(log_every=1, save_every=0, evaluate_every=every, stop=StopRequest())
     trainer = DistillTrainer(
-        DistillModel(student, objective, teacher_hidden_size=hidden_size),
+        DistillModel(student, objective, teacher=None if teacher is None else teacher.shape),
         training_arguments(config, folder, num_steps=config.optim.max_steps, precision="float32", use_cpu=True),
         stage=stage,
         collator=DistillCollator(tokenizer.pad_token_id),

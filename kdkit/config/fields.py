@@ -5,28 +5,11 @@ from typing import Literal
 
 from pydantic import Field, JsonValue, model_validator
 
+from kdkit.config.objective import ObjectiveConfig
 from kdkit.config.part import Count, Limit, Part
 from kdkit.config.rollout import RolloutConfig
-from kdkit.schedules import Positive, Schedule, Weight
 
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
-LossName = Literal[
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "tvd",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "alpha_beta",
-]
-Bounds = tuple[float, float]
-LOSS_ARGUMENTS: dict[str, dict[str, Bounds]] = {
-    "jsd": {"beta": (0.0, 1.0)},
-    "skew_forward_kl": {"alpha": (0.0, 1.0)},
-    "skew_reverse_kl": {"alpha": (0.0, 1.0)},
-    "alpha_beta": {"alpha": (-2.0, 2.0), "beta": (-2.0, 2.0)},
-}
-"""What each loss takes besides the two distributions, and the open range of it; a skew may also be 0."""
 
 
 class TeacherConfig(Part):
@@ -54,7 +37,9 @@ class StudentConfig(Part):
     path: str
     """Folder or hub name of a causal language model, or of a config when `from_scratch`."""
     from_scratch: bool = False
-    """Start from random weights, seeded by `seed`, and with the teacher's tokenizer."""
+    """Start from random weights, seeded by `seed`."""
+    tokenizer: str | None = None
+    """Folder or hub name of its tokenizer; None: its own, or the teacher's where it starts from scratch."""
     revision: str | None = None
     """Branch, tag or commit of a hub model; None is its main branch."""
     attention: str | None = None
@@ -98,121 +83,6 @@ class DataConfig(Part):
                 f"max_prompt_length ({self.max_prompt_length}) must be below max_length "
                 f"({self.max_length}), or no answer fits"
             )
-        return self
-
-
-class KdConfig(Part):
-    """The divergence between the two models' next-token distributions."""
-
-    weight: Weight = Schedule.model_validate(1.0)
-    """Share of the total; DistiLLM's kd_ratio is 1."""
-    loss: LossName = "forward_kl"
-    """Which divergence; `kdkit.losses` says when to pick which."""
-    alpha: float | None = None
-    """Skew of the skew divergences (DistiLLM: 0.1) or alpha of alpha_beta; None: the loss's own default."""
-    beta: float | None = None
-    """Teacher's share in jsd or beta of alpha_beta; None: the loss's own default."""
-    temperature: Positive = Schedule.model_validate(1.0)
-    """Softens both distributions before they are compared; 1 compares them as they are."""
-    temperature_scaling: Literal["square", "none"] = "square"
-    """square multiplies by temperature squared, so that gradients keep their size (Hinton et al. 2015)."""
-    top_k: Count | None = None
-    """Compare the teacher's K most likely tokens and the rest as one bucket; None compares all."""
-
-    @model_validator(mode="after")
-    def _arguments_fit(self) -> "KdConfig":
-        takes = LOSS_ARGUMENTS.get(self.loss, {})
-        for name, value in self.loss_arguments.items():
-            if name not in takes:
-                owners = ", ".join(loss for loss, names in LOSS_ARGUMENTS.items() if name in names)
-                raise ValueError(f"{self.loss} takes no {name}; it belongs to {owners}")
-            low, high = takes[name]
-            if not (low < value < high or (value == 0.0 and "skew" in self.loss)):
-                raise ValueError(f"{name} of {self.loss} is {value}; allowed is above {low:g} and below {high:g}")
-        return self
-
-    @model_validator(mode="after")
-    def _alpha_beta_fit_each_other(self) -> "KdConfig":
-        if self.loss != "alpha_beta" or self.alpha is None or self.beta is None:
-            return self
-        numbers = {"alpha": self.alpha, "beta": self.beta, "alpha + beta": self.alpha + self.beta}
-        for name, value in numbers.items():
-            if 0 < abs(value) < 0.01 or (name == "alpha + beta" and value < 0):
-                raise ValueError(
-                    f"{name} of alpha_beta is {value:g}; allowed is 0 exactly or at least 0.01 away from it, and a "
-                    "sum that is not negative"
-                )
-        return self
-
-    @property
-    def loss_arguments(self) -> dict[str, float]:
-        """The arguments that were set, for the loss function."""
-        given = {"alpha": self.alpha, "beta": self.beta}
-        return {name: value for name, value in given.items() if value is not None}
-
-
-class LmConfig(Part):
-    """Cross-entropy of the labels."""
-
-    weight: Weight = Schedule.model_validate(0.0)
-    """Share of the total; DistiLLM trains with 0 next to a kd weight of 1."""
-
-
-class AdaptiveBandConfig(Part):
-    """A soft band around where the alignment is expected to run (WARD, DWA-KD)."""
-
-    mix: float = Field(default=0.7, ge=0, le=1)
-    """Share of the expected position in the band's centre; the rest is the diagonal. DWA-KD: 0.7."""
-    half_width: float = Field(default=5.0, ge=0)
-    """Units on either side that cost nothing extra. DWA-KD: 5."""
-    entropy_scale: float = Field(default=2.0, ge=0)
-    """How much a row's uncertainty widens the band, in units per nat. DWA-KD: 2."""
-    penalty: float = Field(default=1.0, ge=0)
-    """Cost added far outside the band. DWA-KD: 1."""
-    begin: float = Field(default=0.1, ge=0, le=1)
-    """Fraction of the stage before which the band is off, since early alignments mean little."""
-
-
-class DtwConfig(Part):
-    """Soft dynamic time warping between the two models' last hidden states over the answer."""
-
-    weight: Weight = Schedule.model_validate(0.0)
-    """Share of the total; 0 is off."""
-    gamma: Positive = Schedule.model_validate(0.1)
-    """Smoothing of the minimum, in units of the cost; smaller is closer to hard DTW. WARD: 0.1."""
-    band: Count | None = 32
-    """Largest distance from the (slope-corrected) diagonal, in units; None is off. WARD: 32."""
-    metric: Literal["cosine", "sqeuclidean"] = "cosine"
-    """Distance between two hidden states."""
-    normalize: Literal["max_length", "sum_length", "none"] = "max_length"
-    """Constant of the two lengths by which a sequence's value is divided."""
-    divergence: bool = True
-    """Take off the self-alignments, so that the value and its gradient vanish at equality (Blondel 2021)."""
-    importance: Literal["none", "inverse_entropy"] = "none"
-    """inverse_entropy weighs units by how certain the teacher is there, on each side by itself (WARD)."""
-    adaptive_band: AdaptiveBandConfig | None = None
-    """Soft band around the expected alignment; None is off."""
-
-
-class ObjectiveConfig(Part):
-    """What is minimised: the weighted sum of the terms, each a mean over counted items."""
-
-    kd: KdConfig = KdConfig()
-    lm: LmConfig = LmConfig()
-    dtw: DtwConfig = DtwConfig()
-    unit: Literal["word", "token"] = "word"
-    """What the terms over hidden states compare: states averaged over words, or those of single tokens."""
-    adapter_learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak learning rate of what the terms bring along, such as the student-to-teacher projector. DWA-KD: 1e-3."""
-    chunk_tokens: Count = 256
-    """Positions whose logits exist at the same time; smaller saves memory."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What a NaN or infinite loss or gradient does: end the run, or skip that step and count it."""
-
-    @model_validator(mode="after")
-    def _something_to_learn_from(self) -> "ObjectiveConfig":
-        if max(term.weight.largest for term in (self.kd, self.lm, self.dtw)) == 0:
-            raise ValueError("every term has the weight 0; give kd, lm or dtw one above it")
         return self
 
 
@@ -321,7 +191,7 @@ def _rollout_problems(config: DistillConfig) -> Iterator[str]:
     """Why the student's own text cannot be trained on with the rest of a config."""
     rollout, data, evaluation = config.rollout, config.data, config.evaluation
     measures_rouge = evaluation.every_steps > 0 and evaluation.generate_rows != 0
-    if max(config.objective.kd.weight.largest, config.objective.dtw.weight.largest) == 0:
+    if not config.objective.needs_teacher:
         yield (
             f"rollout.mode {rollout.mode} gives text that the student wrote, which is never a label for lm: give "
             "objective.kd or objective.dtw a weight, or set rollout.mode=off"

@@ -50,6 +50,8 @@ class Batch(TypedDict):
     """(B,)"""
     max_units: int
     """The most units of a row."""
+    num_units: int
+    """Units of all rows."""
     num_sequences: int
     """Rows with a unit."""
     num_labels: int
@@ -122,6 +124,7 @@ class DistillCollator:
             **{name: torch.from_numpy(array) for name, array in arrays.items()},  # type: ignore[typeddict-item]
             **starts,
             max_units=int(most_units.max()),
+            num_units=int(most_units.sum()),
             num_sequences=int((most_units > 0).sum()),
             num_labels=int(is_gold.sum()),
         )
@@ -134,6 +137,13 @@ class DistillCollator:
 def teacher_view(batch: Batch) -> Batch:
     """The rows of a batch as the teacher reads them; the batch itself where both have one tokenizer."""
     return batch.get("teacher", batch)
+
+
+def batch_tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    """The tensors of a batch by name, those of the teacher's reading under `teacher.`."""
+    own = {name: value.contiguous() for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    theirs = batch_tensors(batch["teacher"]) if "teacher" in batch else {}
+    return own | {f"teacher.{name}": value for name, value in theirs.items()}
 
 
 def batch_rows(batch: Batch) -> list[EncodedRow]:

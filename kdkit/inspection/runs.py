@@ -23,7 +23,7 @@ from kdkit.evaluation import GenerationSettings, generate_answers
 from kdkit.loading import load_model, load_teacher, load_tokenizer
 from kdkit.runtime import preflight, preserved_rng_state, seed_everything
 from kdkit.training.folder import CONFIG_FILE, RunFolder
-from kdkit.training.objective import PROJECTOR, Objective
+from kdkit.training.objective import PROJECTOR, build_projector
 from kdkit.training.run import STAGE_SEED_STRIDE
 from kdkit.training.trainer import ADAPTERS_FILE
 
@@ -136,11 +136,11 @@ def _load_projectors(run: RunFolder, config: DistillConfig, device: str) -> dict
     aligning, file = aligning_stage(config), run.model / ADAPTERS_FILE
     if aligning is None or not file.is_file():
         return {}
-    index, stage = aligning
-    trained = load_file(file)
-    teacher_size, student_size = trained[f"{PROJECTOR}.weight"].shape
+    index, _ = aligning
+    trained = load_file(file)[f"{PROJECTOR}.weight"]
+    teacher_size, student_size = trained.shape
     with preserved_rng_state():
         seed_everything(config.seed + STAGE_SEED_STRIDE * index)
-        before, after = (Objective(stage.objective).build_adapters(student_size, teacher_size) for _ in range(2))
-    after.load_state_dict(trained)
-    return {"before": before[PROJECTOR].to(device), "student": after[PROJECTOR].to(device)}
+        before, after = (build_projector(student_size, teacher_size) for _ in range(2))
+    after.load_state_dict({"weight": trained})
+    return {"before": before.to(device), "student": after.to(device)}

@@ -1,13 +1,15 @@
 """Models and tokenizers, teacher and student: dtype always explicit, every doubt settled before the first step."""
 
+from kdkit.loading.backbone import ModelShape, States, backbone_hidden, backbone_states, inside_of, output_flags
 from kdkit.loading.heads import (
     TokenizerKind,
-    backbone_hidden,
     check_causal,
     check_finite_logits,
     check_head,
     check_tokenizer_fits,
     head_of,
+    head_width,
+    shape_of,
     shared_vocab_size,
 )
 from kdkit.loading.models import ModelDescription, Quantization, describe_model, load_model
@@ -16,17 +18,24 @@ from kdkit.loading.tokenizers import load_tokenizer
 
 __all__ = [
     "ModelDescription",
+    "ModelShape",
     "Quantization",
+    "States",
     "TokenizerKind",
     "backbone_hidden",
+    "backbone_states",
     "check_causal",
     "check_finite_logits",
     "check_head",
     "check_tokenizer_fits",
     "describe_model",
     "head_of",
+    "head_width",
+    "inside_of",
     "load_model",
     "load_teacher",
     "load_tokenizer",
+    "output_flags",
+    "shape_of",
     "shared_vocab_size",
 ]

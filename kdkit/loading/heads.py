@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kdkit.errors import UserError
+from kdkit.loading.backbone import ModelShape, backbone_hidden
 from kdkit.teacher.signal import Head
 
 TokenizerKind = Literal["same", "padded", "different"]
@@ -60,18 +61,19 @@ def head_of(model: PreTrainedModel, *, vocab_size: int | None = None) -> Head:
     return Head(linear.weight, linear.bias, _factor(config), _softcap(config), vocab_size)
 
 
-def backbone_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Final hidden states as the head sees them, after the last norm.
+def shape_of(model: PreTrainedModel, *, dense: bool = False) -> ModelShape:
+    """The sizes that adapters depend on.
 
     Args:
         model: a causal language model.
-        input_ids: (B, T) on the model's device.
-        attention_mask: (B, T), 1 for a token and 0 for padding on the right; None when nothing is padded.
+        dense: its head cannot be had apart, so that its last layer's states stand for what the head sees.
     Returns:
-        (B, T, H) in the model's compute dtype, with gradient where it is enabled.
+        `ModelShape`.
     """
-    output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return output.last_hidden_state
+    config = model.config.get_text_config()
+    head_size = config.hidden_size if dense else head_of(model).weight.shape[1]
+    num_experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)  # MoE families
+    return ModelShape(head_size, config.hidden_size, config.num_hidden_layers, num_experts)
 
 
 @torch.no_grad()
@@ -182,7 +184,7 @@ def shared_vocab_size(
     Raises:
         UserError: the tokenizers differ, or one head is narrower than the tokenizer.
     """
-    widths = {"teacher": _head_width(teacher), "student": _head_width(student)}
+    widths = {"teacher": head_width(teacher), "student": head_width(student)}
     if kind == "different":
         raise UserError(
             "teacher and student have different tokenizers, so that one id means different text on each side;"
@@ -222,7 +224,8 @@ def _softcap(config: PreTrainedConfig) -> float | None:
     return next((cap for name in SOFTCAPS if (cap := getattr(config, name, None))), None)
 
 
-def _head_width(model: PreTrainedModel) -> int:
+def head_width(model: PreTrainedModel) -> int:
+    """The number of ids that a model's logits are over, those that no text makes included."""
     linear = model.get_output_embeddings()
     if isinstance(linear, torch.nn.Linear):
         return linear.out_features

@@ -21,6 +21,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBl
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from kdkit.errors import UserError
+from kdkit.teacher.signal import UnitExperts
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,20 +50,6 @@ class ExpertOutputs:
     """(N, k, H) in the block's dtype, not weighted."""
     shared: Tensor | None
     """(N, H) of the expert that every token goes to, weighted by its gate; None where the block has none."""
-
-
-@dataclass(frozen=True, eq=False)
-class UnitExperts:
-    """The k most likely experts of each unit, the same k for all of its tokens; 0 for a unit without tokens."""
-
-    ids: Tensor
-    """(B, U, k) most likely first."""
-    probs: Tensor
-    """(B, U, k) float32: the router's probability among all experts, mean over the unit's tokens."""
-    outputs: Tensor
-    """(B, U, k, H) float32: each expert's own output, mean over the unit's tokens."""
-    num_experts: int
-    """E, all experts of the block."""
 
 
 @dataclass(frozen=True)

@@ -75,12 +75,63 @@ class Head:
         return product
 
 
+@dataclass(frozen=True, eq=False)
+class UnitExperts:
+    """The k most likely experts of each unit, the same k for all of its tokens; 0 for a unit without tokens."""
+
+    ids: Tensor
+    """(B, U, k) most likely first."""
+    probs: Tensor
+    """(B, U, k) float32: the router's probability among all experts, mean over the unit's tokens."""
+    outputs: Tensor
+    """(B, U, k, H) float32: each expert's own output, mean over the unit's tokens."""
+    num_experts: int
+    """E, all experts of the block."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """What of the inside of a model is asked for besides its last hidden states."""
+
+    layers: bool = False
+    """The hidden states of every layer."""
+    attentions: bool = False
+    """The attention maps of every layer."""
+    experts: tuple[int, int] | None = None
+    """MoE layer of the teacher, from the end where negative, and how many experts of each unit."""
+
+    def __or__(self, other: "Views") -> "Views":
+        """Both together."""
+        return Views(self.layers or other.layers, self.attentions or other.attentions, self.experts or other.experts)
+
+
+NO_VIEWS = Views()
+"""Last hidden states alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What was asked for by `Views`, on the teacher's device; None for what was not."""
+
+    layers: tuple[Tensor, ...] | None = None
+    """(B, S, H) each, the embeddings first, the last one after the final norm."""
+    attentions: tuple[Tensor, ...] | None = None
+    """(B, heads, S, S) each, probabilities."""
+    experts: UnitExperts | None = None
+    """The experts' own outputs for each unit."""
+
+
 class TeacherSignal(Protocol):
     """The teacher at N positions, as head pass and objective see it."""
 
     @property
     def hidden_states(self) -> Tensor | None:
         """(B, T, H) final hidden states of the whole batch for terms over features, or None."""
+        ...
+
+    @property
+    def features(self) -> Features:
+        """What else of the teacher's inside was asked for."""
         ...
 
     @property
@@ -115,6 +166,7 @@ class DenseSignal:
     """(N, V)"""
     hidden_states: Tensor | None = None
     """(B, T, H)"""
+    features: Features = Features()
 
     @property
     def num_positions(self) -> int:
@@ -149,6 +201,7 @@ class LiveSignal:
     head: Head
     hidden_states: Tensor | None = None
     """(B, T, H)"""
+    features: Features = Features()
 
     @property
     def num_positions(self) -> int:
@@ -198,6 +251,7 @@ class TopKSignal:
     """V, the number of ids that these were chosen from"""
     hidden_states: Tensor | None = None
     """(B, T, H)"""
+    features: Features = Features()
 
     def __post_init__(self) -> None:
         if self.logprobs.keys() != self.tail.keys() or not self.logprobs:
@@ -289,6 +343,11 @@ class SparseSignal:
     def hidden_states(self) -> Tensor | None:
         """Those of the source."""
         return self.source.hidden_states
+
+    @property
+    def features(self) -> Features:
+        """Those of the source."""
+        return self.source.features
 
     @property
     def num_positions(self) -> int:

@@ -6,12 +6,14 @@ signal outside and handed in, so that nobody trains, moves or saves it by accide
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from kdkit.data.batch import Batch
-from kdkit.loading import backbone_hidden, head_of
-from kdkit.teacher.signal import TeacherSignal
+from kdkit.loading import ModelShape, backbone_states, head_of, inside_of, output_flags, shape_of
+from kdkit.teacher.cross import CrossSignal
+from kdkit.teacher.signal import TeacherSignal, Views
 from kdkit.training.objective import Moment, Objective, StudentPass
 
 
@@ -21,7 +23,7 @@ class DistillModel(nn.Module):
     Args:
         student: causal language model, float32 weights.
         objective: the terms and their schedules.
-        teacher_hidden_size: width of the teacher's last hidden states; None without a teacher.
+        teacher: sizes of the teacher; None without one.
         vocab_size: number of leading token ids that both models share; None where the widths agree.
         dense: take the student's own logits; needed where its head cannot be applied apart.
     """
@@ -34,7 +36,7 @@ class DistillModel(nn.Module):
         student: PreTrainedModel,
         objective: Objective,
         *,
-        teacher_hidden_size: int | None = None,
+        teacher: ModelShape | None = None,
         vocab_size: int | None = None,
         dense: bool = False,
     ) -> None:
@@ -43,17 +45,23 @@ class DistillModel(nn.Module):
         self.student = student
         self.objective = objective
         self.vocab_size = vocab_size
-        self.adapters = objective.build_adapters(self._hidden_size(), teacher_hidden_size)
+        self.adapters = objective.build_adapters(shape_of(student, dense=dense), teacher)
 
-    def _hidden_size(self) -> int:
-        """Width of the states that the head sees; some models project before it."""
-        return self.student.config.hidden_size if self.dense else head_of(self.student).weight.shape[1]
+    @torch.no_grad()
+    def check_views(self) -> None:
+        """Refuse at once what terms will ask of the student later and it has not.
+
+        Raises:
+            UserError: no attention maps.
+        """
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.student.device)
+        backbone_states(self.student, token, torch.ones_like(token), views=self.objective.views)
 
     def forward(
         self,
         batch: Batch,
         *,
-        signal: TeacherSignal | None,
+        signal: TeacherSignal | CrossSignal | None,
         moment: Moment,
         extras: tuple[str, ...] = (),
     ) -> dict[str, Any]:
@@ -61,27 +69,32 @@ class DistillModel(nn.Module):
 
         Args:
             batch: what the collator made, on the student's device.
-            signal: the teacher at the N counted positions, or None.
+            signal: the teacher at the N counted positions, or at the spans where it has another tokenizer, or None.
             moment: step and counts, see `Objective`.
             extras: per-token figures wanted besides.
         Returns:
             As `Objective.__call__`.
         """
-        seen = self._see_dense(batch) if self.dense else self._see(batch)
+        views = self.objective.views_at(moment)
+        seen = self._see_dense(batch, views) if self.dense else self._see(batch, views)
         return self.objective(seen, batch, signal=signal, moment=moment, adapters=self.adapters, extras=extras)
 
-    def _see(self, batch: Batch) -> StudentPass:
+    def _see(self, batch: Batch, views: Views) -> StudentPass:
         """The student's hidden states, and its head beside them."""
-        hidden = backbone_hidden(self.student, batch["input_ids"], batch["attention_mask"])  # (B, T, H)
-        return StudentPass(hidden, head=head_of(self.student, vocab_size=self.vocab_size))
+        states = backbone_states(self.student, batch["input_ids"], batch["attention_mask"], views=views)
+        head = head_of(self.student, vocab_size=self.vocab_size)
+        return StudentPass(states.last, head=head, layers=states.layers, attentions=states.attentions)
 
-    def _see_dense(self, batch: Batch) -> StudentPass:
+    def _see_dense(self, batch: Batch, views: Views) -> StudentPass:
         """The student's own logits at the counted positions, for a head that cannot be applied apart."""
         output = self.student(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             use_cache=False,
-            output_hidden_states=True,
+            **output_flags(views) | {"output_hidden_states": True},
         )
         logits = output.logits.flatten(0, 1).index_select(0, batch["positions"])  # (N, V)
-        return StudentPass(output.hidden_states[-1], logits=logits[:, : self.vocab_size])
+        layers, attentions = inside_of(output, self.student, views)
+        return StudentPass(
+            output.hidden_states[-1], logits=logits[:, : self.vocab_size], layers=layers, attentions=attentions
+        )

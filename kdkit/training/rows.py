@@ -7,8 +7,9 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from kdkit.config import DistillConfig
-from kdkit.data.encoding import EncodedRows, encode_rows
+from kdkit.data.encoding import EncodedRows, TeacherText, encode_rows
 from kdkit.data.rows import Rows, load_rows
+from kdkit.errors import UserError
 from kdkit.training.folder import RowsUsed
 from kdkit.training.progress import say
 
@@ -21,12 +22,20 @@ class RunRows:
     """What a run reads, by kind and by the settings of the stage that asks."""
 
     tokenizer: PreTrainedTokenizerBase
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
+    """The teacher's, where it is another one."""
     _read: dict[tuple[object, ...], Rows] = field(default_factory=dict)
     _encoded: dict[tuple[object, ...], EncodedRows] = field(default_factory=dict)
 
-    def read(self, kind: Kind, config: DistillConfig) -> Rows:
+    def read(self, kind: Kind, config: DistillConfig, *, as_teacher: bool = False) -> Rows:
         """Rows of a kind as a stage reads them; test rows are the validation rows where none are named.
 
+        Args:
+            kind: which rows.
+            config: the stage's.
+            as_teacher: with the prompts as the teacher's chat template writes them.
+        Returns:
+            Rows, the same as long as they are asked for with the same settings.
         Raises:
             UserError: as `load_rows`.
         """
@@ -35,9 +44,10 @@ class RunRows:
         sources = {"train": data.train, "validation": data.validation, "test": data.test}
         source = sources[kind]
         if source is None:
-            return self.read("validation", config)
+            return self.read("validation", config, as_teacher=as_teacher)
         template = (data.train_template if kind == "train" else None) or data.template
-        key = (source, limits[kind], template, prompts_suffice, *sorted(data.columns.items()))
+        other = self.teacher_tokenizer if as_teacher and template == "chat" else None
+        key = (source, limits[kind], template, prompts_suffice, other is None, *sorted(data.columns.items()))
         if key not in self._read:
             self._read[key] = load_rows(
                 source,
@@ -45,7 +55,7 @@ class RunRows:
                 template=template,
                 limit=limits[kind],
                 require_references=not prompts_suffice,
-                tokenizer=self.tokenizer,
+                tokenizer=other or self.tokenizer,
             )
         return self._read[key]
 
@@ -66,8 +76,21 @@ class RunRows:
                 max_prompt_length=data.max_prompt_length,
                 unit=unit,
                 keep_prompt_only=prompts_suffice,
+                teacher=self._teacher_text(kind, config),
             )
         return self._encoded[key]
+
+    def _teacher_text(self, kind: Kind, config: DistillConfig) -> TeacherText | None:
+        """The rows as a teacher with another tokenizer reads them."""
+        if self.teacher_tokenizer is None:
+            return None
+        own, theirs = self.read(kind, config), self.read(kind, config, as_teacher=True)
+        if own.dataset["references"] != theirs.dataset["references"]:
+            raise UserError(
+                f"the chat templates of teacher and student do not accept the same rows of '{own.name}' ({len(theirs)} "
+                f"and {len(own)}): set data.template to another one, or leave such rows out"
+            )
+        return TeacherText(self.teacher_tokenizer, theirs.dataset["prompt"])
 
     def describe(self, stages: Mapping[str, DistillConfig]) -> dict[str, RowsUsed]:
         """Read everything that the stages will ask for; says once which rows, by content, and what was left out.

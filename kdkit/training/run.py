@@ -16,9 +16,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from kdkit.config import DistillConfig
 from kdkit.config.reading import stage_config
-from kdkit.data.batch import DistillCollator
+from kdkit.data.batch import DistillCollator, teacher_view
 from kdkit.data.rows import Rows
 from kdkit.data.spans import tokenizer_relation
+from kdkit.data.vocabulary import matching_ids
 from kdkit.errors import UserError
 from kdkit.evaluation import Evaluation, GenerationSettings, evaluate_model, generate_answers, score_predictions
 from kdkit.loading import (
@@ -26,18 +27,19 @@ from kdkit.loading import (
     check_finite_logits,
     check_head,
     check_tokenizer_fits,
+    head_width,
     load_model,
     load_teacher,
     load_tokenizer,
     shared_vocab_size,
 )
+from kdkit.losses import VocabularyMatch
 from kdkit.runtime import Preflight, preflight, usable_dtype
 from kdkit.teacher.sources import LiveTeacher
 from kdkit.training import checkpoint
 from kdkit.training.card import model_card
 from kdkit.training.controls import Controls
 from kdkit.training.folder import RunFolder
-from kdkit.training.objective import Objective
 from kdkit.training.progress import say
 from kdkit.training.rows import RunRows
 from kdkit.training.stage import StageInputs, run_stage
@@ -118,7 +120,7 @@ class _Run:
         # One process measures while the others wait: longer than torch's ten minutes.
         self.processes = PartialState(cpu=self.machine.device == "cpu", timeout=timedelta(hours=4))
         self.tokenizer = self._load_tokenizers()
-        self.rows = RunRows(self.tokenizer)
+        self.rows = RunRows(self.tokenizer, self.teacher_tokenizer)
         used = self.rows.describe({name: stage_config(self.config, name) for name in self.config.stages})
         if self.processes.is_main_process:
             setup = {
@@ -136,20 +138,24 @@ class _Run:
         settings = stage_config(self.config, name)
         settings = settings.model_copy(update={"seed": self.config.seed + STAGE_SEED_STRIDE * index})
         student = self._load_student(after)
-        teacher = self._load_teacher() if Objective(settings.objective).needs_teacher else None
-        vocab_size = self._shared_vocab_size(student) if teacher is not None else None
-        if teacher is not None:
-            teacher.vocab_size = vocab_size
+        teacher = self._load_teacher() if settings.objective.needs_teacher else None
+        vocab_size = match = None
+        if teacher is not None and self.teacher_tokenizer is not None:
+            match = self._match(student, self.teacher_tokenizer)
+        elif teacher is not None:
+            vocab_size = teacher.vocab_size = self._shared_vocab_size(student)
         inputs = StageInputs(
             student=student,
             tokenizer=self.tokenizer,
             teacher=teacher,
             train_rows=self.rows.encoded("train", settings).dataset,
             eval_rows=self.rows.encoded("validation", settings).dataset,
-            collator=DistillCollator(self.tokenizer.pad_token_id),
+            collator=self._collator(),
             generate=None if settings.evaluation.generate_rows == 0 else self._generate_with(settings),
             references=lambda: self.rows.read("train", settings).dataset["references"],
             vocab_size=vocab_size,
+            match=match,
+            teacher_tokenizer=self.teacher_tokenizer,
             dense_student=_needs_dense_path(student, "student"),
             precision=self._dtype_name(settings.optim.precision),
             use_cpu=self.machine.device == "cpu",
@@ -186,27 +192,29 @@ class _Run:
     # ---- parts ----
 
     def _load_tokenizers(self) -> PreTrainedTokenizerBase:
-        """The student's tokenizer, once it is proved that the teacher reads text in the same way."""
+        """The student's tokenizer; the teacher's is kept apart where it reads text in another way."""
         student, teacher = self.config.student, self.config.teacher
         self.tokenizer_kind: TokenizerKind = "same"
-        if student.from_scratch:
-            return load_tokenizer(teacher.path, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
-        tokenizer = load_tokenizer(student.path, revision=student.revision, trust_remote_code=student.trust_remote_code)
+        self.teacher_tokenizer: PreTrainedTokenizerBase | None = None
         other = load_tokenizer(teacher.path, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
+        if student.from_scratch and student.tokenizer is None:
+            return other
+        tokenizer = load_tokenizer(
+            student.tokenizer or student.path,
+            revision=student.revision if student.tokenizer is None else None,
+            trust_remote_code=student.trust_remote_code,
+        )
         relation = tokenizer_relation(tokenizer, other)
+        self.tokenizer_kind = relation.kind
         if relation.kind == "different":
-            raise UserError(
-                f"teacher {teacher.path} and student {student.path} have different tokenizers "
-                f"({relation.evidence}): their token ids mean different text, so that their distributions cannot "
-                "be compared. Choose a student of the teacher's family"
-            )
-        if tokenizer.eos_token_id != other.eos_token_id:
+            self.teacher_tokenizer = other
+            say(f"teacher and student have different tokenizers: {relation.evidence}; text is compared by its bytes")
+        elif tokenizer.eos_token_id != other.eos_token_id:
             raise UserError(
                 f"the teacher ends its text with {other.eos_token!r} and the student with {tokenizer.eos_token!r}: "
                 "the student would learn an end that does not stop it. Pair a base model with a base model, a chat "
                 "model with a chat model"
             )
-        self.tokenizer_kind = relation.kind
         return tokenizer
 
     def _load_student(self, after: Path | None) -> PreTrainedModel:
@@ -232,11 +240,28 @@ class _Run:
         """The teacher, loaded once for all stages and checked on its first rows."""
         if self._teacher is None:
             model = load_teacher(self.config.teacher, self.machine, device=self._device())
+            if self.teacher_tokenizer is not None:
+                check_tokenizer_fits(model, self.teacher_tokenizer)
             rows = self.rows.encoded("train", self.config).dataset
-            first = DistillCollator(self.tokenizer.pad_token_id)([rows[i] for i in range(min(4, len(rows)))])
-            check_finite_logits(model, first)
-            self._teacher = LiveTeacher(model, dense=_needs_dense_path(model, "teacher"))
+            first = self._collator()([rows[i] for i in range(min(4, len(rows)))])
+            check_finite_logits(model, teacher_view(first))
+            chunk_tokens = self.config.objective.chunk_tokens
+            self._teacher = LiveTeacher(model, dense=_needs_dense_path(model, "teacher"), chunk_tokens=chunk_tokens)
         return self._teacher
+
+    def _collator(self) -> DistillCollator:
+        other = self.teacher_tokenizer
+        return DistillCollator(
+            self.tokenizer.pad_token_id, teacher_pad_token_id=None if other is None else other.pad_token_id
+        )
+
+    def _match(self, student: PreTrainedModel, teacher_tokenizer: PreTrainedTokenizerBase) -> VocabularyMatch:
+        """The ids with which both models write the same bytes."""
+        own, theirs = matching_ids(self.tokenizer, teacher_tokenizer)
+        say(f"{len(own)} of the student's {len(self.tokenizer)} tokens are tokens of the teacher's too")
+        return VocabularyMatch(
+            torch.tensor(own), torch.tensor(theirs), head_width(student), head_width(self._load_teacher().model)
+        )
 
     def _shared_vocab_size(self, student: PreTrainedModel) -> int | None:
         teacher = self._load_teacher().model
@@ -292,7 +317,8 @@ class _Run:
             _free_memory()
         if self.config.evaluation.teacher:
             say(f"measuring teacher on {len(rows)} rows")
-            measured["teacher"] = self._measure(self._load_teacher().model, rows)
+            theirs = self.rows.read("test", self.config, as_teacher=True)
+            measured["teacher"] = self._measure(self._load_teacher().model, theirs, self.teacher_tokenizer)
         predictions = [
             {"prompt": row["prompt"], "references": row["references"]}
             | {name: evaluation.predictions[index] for name, evaluation in measured.items()}
@@ -312,11 +338,13 @@ class _Run:
             finalists.append(("before", student.path, student.revision))
         return finalists
 
-    def _measure(self, model: PreTrainedModel, rows: Rows) -> Evaluation:
+    def _measure(
+        self, model: PreTrainedModel, rows: Rows, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> Evaluation:
         data = self.config.data
         return evaluate_model(
             model,
-            self.tokenizer,
+            tokenizer or self.tokenizer,
             rows,
             self._generation(self.config),
             max_length=data.max_length,

@@ -2,19 +2,21 @@
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from kdkit.config import DistillConfig
 from kdkit.data.batch import DistillCollator
 from kdkit.errors import UserError
+from kdkit.losses import VocabularyMatch
 from kdkit.runtime import seed_everything
-from kdkit.teacher.sources import TeacherSource
+from kdkit.teacher.sources import LiveTeacher, TeacherSource
 from kdkit.training import checkpoint, rollout
 from kdkit.training.arguments import num_warmup_steps, training_arguments
 from kdkit.training.controls import ChangeableStage, Controls, needs_controls
@@ -55,6 +57,10 @@ class StageInputs:
     """Right answers of the training rows, by row id."""
     vocab_size: int | None
     """Leading token ids that student and teacher share; None where their widths agree."""
+    match: VocabularyMatch | None
+    """Ids of the two vocabularies that stand for the same bytes; None where there is one tokenizer."""
+    teacher_tokenizer: PreTrainedTokenizerBase | None
+    """The teacher's, where it is another one."""
     dense_student: bool
     """Whether the student's logits have to come from its own forward pass."""
     precision: str
@@ -151,7 +157,7 @@ def describe_stage(config: DistillConfig, inputs: StageInputs, num_steps: int, r
     rows = optim.batch_size * optim.accumulation * processes
     terms = ", ".join(
         f"{term.name} {term.schedule.start:g}" + ("" if term.schedule.is_constant else f"..{term.schedule.end:g}")
-        for term in Objective(config.objective).terms
+        for term in Objective(config.objective, match=inputs.match).terms
     )
     lines = [
         f"stage {name}: {num_steps} optimizer steps, warm-up {warmup} ({warmup / num_steps:.0%}), "
@@ -243,17 +249,29 @@ def _build_trainer(
 def _build_model(config: DistillConfig, inputs: StageInputs) -> DistillModel:
     """Student, objective and adapters, the latter taken over from an earlier stage where they fit."""
     seed_everything(config.seed)  # adapters start the same whether or not a stage ran before in this process
+    objective = Objective(config.objective, match=inputs.match)
+    if isinstance(inputs.teacher, LiveTeacher):
+        inputs.teacher.check(objective.views)
     model = DistillModel(
         inputs.student,
-        Objective(config.objective),
-        teacher_hidden_size=None if inputs.teacher is None else inputs.teacher.hidden_size,
+        objective,
+        teacher=None if inputs.teacher is None else inputs.teacher.shape,
         vocab_size=inputs.vocab_size,
         dense=inputs.dense_student,
     )
     file = None if inputs.adapters_from is None else inputs.adapters_from / ADAPTERS_FILE
-    if file is not None and file.is_file() and len(model.adapters):
-        model.adapters.load_state_dict(load_file(file))
+    if file is not None and file.is_file():
+        _take_over(model.adapters, load_file(file))
+    model.check_views()
     return model
+
+
+def _take_over(adapters: nn.ModuleDict, saved: Mapping[str, Tensor]) -> None:
+    """Load each adapter that an earlier stage trained in the same shape; others keep their start."""
+    for name, adapter in adapters.items():
+        own = {key.removeprefix(f"{name}."): value for key, value in saved.items() if key.startswith(f"{name}.")}
+        if {key: value.shape for key, value in own.items()} == {k: v.shape for k, v in adapter.state_dict().items()}:
+            adapter.load_state_dict(own)
 
 
 def _build_rollout(config: DistillConfig, inputs: StageInputs, num_steps: int) -> rollout.Rollout | None:
@@ -269,6 +287,7 @@ def _build_rollout(config: DistillConfig, inputs: StageInputs, num_steps: int) -
         config,
         tokenizer=inputs.tokenizer,
         teacher=inputs.teacher,
+        teacher_tokenizer=inputs.teacher_tokenizer,
         collator=inputs.collator,
         num_steps=num_steps,
         num_warmup_steps=num_warmup_steps(config, num_steps),

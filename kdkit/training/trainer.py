@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
-from kdkit.data.batch import Batch, DistillCollator
+from kdkit.data.batch import Batch, DistillCollator, batch_tensors
 from kdkit.errors import RunFailed, UserError
 from kdkit.runtime import preserved_rng_state, rng_state, set_rng_state, undisturbed_rng
 from kdkit.teacher.sources import TeacherSource
@@ -200,7 +200,7 @@ class DistillTrainer(Trainer):
         if not active:
             return None
         assert self.teacher is not None
-        return self.teacher(inputs)
+        return self.teacher(inputs, self.objective.views_at(moment))
 
     def _record(self, outputs: Mapping[str, Any], moment: Moment, *, num_tokens: int) -> None:
         """Add a micro-batch's parts to the sums of the next log row."""
@@ -236,9 +236,7 @@ class DistillTrainer(Trainer):
         """Save the batch and end the run; weights, and so the last checkpoint, are those of the last good step."""
         folder = Path(self.args.output_dir)
         file = folder / f"nonfinite-batch-{self.state.global_step + 1}.safetensors"
-        tensors = {
-            name: value.contiguous() for name, value in (self._last_inputs or {}).items() if torch.is_tensor(value)
-        }
+        tensors = batch_tensors(self._last_inputs) if self._last_inputs else {}
         save_file(tensors, file)
         raise RunFailed(
             f"stage {self.stage}, step {self.state.global_step + 1}: {what}. The batch is saved as {file}. "

@@ -6,7 +6,7 @@ from functools import partial
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdkit.config import DistillConfig
-from kdkit.data.batch import DistillCollator, EncodedRow
+from kdkit.data.batch import DistillCollator, EncodedRow, teacher_view
 from kdkit.data.encoding import Unit
 from kdkit.data.spans import text_not_given_back
 from kdkit.errors import UserError
@@ -22,6 +22,7 @@ def build_rollout(
     *,
     tokenizer: PreTrainedTokenizerBase,
     teacher: TeacherSource | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     collator: DistillCollator,
     num_steps: int,
     num_warmup_steps: int,
@@ -33,6 +34,7 @@ def build_rollout(
         config: the stage's.
         tokenizer: the student's.
         teacher: where the signal comes from.
+        teacher_tokenizer: the teacher's, where it is another one.
         collator: makes batches.
         num_steps: optimizer steps of the stage.
         num_warmup_steps: of them, those of the learning rate's warm-up.
@@ -59,8 +61,9 @@ def build_rollout(
         top_p=settings.top_p,
         seed=config.seed,
     )
-    unit: Unit | None = config.objective.unit if config.objective.dtw.weight.largest > 0 else None
-    if unit == "word" and (lost := text_not_given_back(tokenizer)) is not None:
+    unit: Unit | None = config.objective.unit if config.objective.compares_units else None
+    is_read_again = unit == "word" or teacher_tokenizer is not None
+    if is_read_again and (lost := text_not_given_back(tokenizer)) is not None:
         raise UserError(
             f"the words of what the student writes (rollout.mode {settings.mode}) are to be aligned, and its tokenizer "
             f"does not give back {lost!r}: set objective.unit=token, or rollout.mode=off"
@@ -69,7 +72,7 @@ def build_rollout(
     begin = settings.gate.begin_fraction if settings.gate is not None else 0.0
     return Rollout(
         settings,
-        generate=StudentGenerator(tokenizer, drawing, unit),
+        generate=StudentGenerator(tokenizer, drawing, unit, teacher_tokenizer),
         guard=Guard(
             guard,
             score=score if guard is not None and guard.min_teacher_logprob is not None else None,
@@ -87,6 +90,7 @@ def teacher_scores(
     teacher: PreTrainedModel, collator: DistillCollator, rows: Sequence[EncodedRow], *, batch_size: int
 ) -> list[float]:
     """The teacher's mean log-likelihood of each row's response, in nats a token; −inf where it finds it impossible."""
-    batches = (collator(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size))
+    portions = (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
+    batches = (teacher_view(collator(portion)) for portion in portions)
     losses = label_losses(teacher, batches, finite=False)
     return (-losses.sums / losses.num_tokens).tolist()

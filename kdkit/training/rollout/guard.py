@@ -92,6 +92,8 @@ class Guard:
 
     def _plain_reason(self, text: StudentText, repeat_fraction: float) -> Reason | None:
         """Why a text may not be trained on, from its tokens alone."""
+        if not text.response_ids:  # nothing that teacher and student both have tokens for
+            return "too_short"
         if self.vocab_size is not None and max(text.response_ids) >= self.vocab_size:
             return "outside_vocabulary"
         if self.config is None:

@@ -1,0 +1,33 @@
+"""The loss of a step: named terms, their weights at this step, and their sum."""
+
+from kdkit.training.objective.terms import (
+    ITEMS,
+    PROJECTOR,
+    HiddenTerm,
+    Item,
+    Moment,
+    Scene,
+    StudentPass,
+    Term,
+    TermValue,
+    VocabularyTerm,
+    build_projector,
+    count_items,
+)
+from kdkit.training.objective.weighted_sum import Objective
+
+__all__ = [
+    "ITEMS",
+    "PROJECTOR",
+    "HiddenTerm",
+    "Item",
+    "Moment",
+    "Objective",
+    "Scene",
+    "StudentPass",
+    "Term",
+    "TermValue",
+    "VocabularyTerm",
+    "build_projector",
+    "count_items",
+]
