@@ -65,8 +65,9 @@ def matching_ids(
 
     The bytes are those of `token_bytes`, but for WordPiece, whose "the" stands for "the" and for " the": a word that
     spaces set apart gets the space that mostly precedes it, so that it matches " the" of the others, and "##the"
-    matches "the". Punctuation and CJK, which WordPiece cuts off whatever is around them, get none. So a word at the
-    start of a text, or behind a bracket, is matched with the wrong one of the two.
+    matches "the". Punctuation and CJK, which WordPiece cuts off whatever is around them, get none. So a word behind a
+    bracket is matched with the wrong one of the two; and so is the first word of a text for any tokenizer that puts a
+    space before it.
 
     Args:
         student_tokenizer: a fast one.

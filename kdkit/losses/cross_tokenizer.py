@@ -3,17 +3,16 @@
 Both read the same bytes, so they are compared where their tokens meet: a span is the smallest stretch of bytes at
 both ends of which a token of either side ends, and at its first position both have read the same.
 
-===================================  ===================  ====================  ======================================
-What you have                        Loss                 Range                 Cost for each span
-===================================  ===================  ====================  ======================================
-Vocabularies that share most of the  `hybrid`             that of its           `divergence` and `uld`, each over its
-text's tokens by their bytes                              divergence, and       part of the ids
-                                                          0 to 2 more
-Vocabularies that share little       `uld` with top_k     0 to 2                K largest of V and of W; sorting all
-                                                                                of 150,000 takes 30 times as long
-Teacher's log-probability of the     `span_likelihood`    0 and more            the labels' log-probabilities
-text alone, or spans of many tokens
-===================================  ===================  ====================  ======================================
+=================  ==============================================  =======================  ===========================
+Loss               When                                            Range                    Cost of a span
+=================  ==============================================  =======================  ===========================
+`hybrid`           the vocabularies share most tokens of the text  that of its divergence,  the divergence and `uld`,
+                   by their bytes                                  and 0 to 2 more          each over a part of the ids
+`uld`              they share little, as other scripts do;         0 to 2                   a selection of K; to sort
+                   with top_k where V or W is large                                         150,000 takes 30 times that
+`span_likelihood`  spans of several tokens; or the teacher's       0 and more               none beside the labels'
+                   log-probability of the text is all one has                               log-probabilities
+=================  ==============================================  =======================  ===========================
 
 `hybrid` and `uld` see the whole distribution over one token, the first of the span. `span_likelihood` sees all tokens
 of the span, but of each distribution only the outcome that the text took. So either goes together with it.
