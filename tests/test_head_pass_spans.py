@@ -285,6 +285,19 @@ class TestWork:
         # Positions [0, 6), [6, 8), [8, 17) longer than a chunk, [17, 21).
         assert asked == [(0, 4), (4, 5), (5, 6), (6, 9)]
 
+    def test_blocks_are_as_small_as_the_wider_vocabulary_asks_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(_BLOCK_ENTRIES, "cpu", 4 * W)  # 5 rows of the student's 53 ids
+        seen: list[int] = []
+
+        def counted(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+            seen.append(len(teacher_logprobs))
+            return uld(student_logprobs, teacher_logprobs)
+
+        scene, each = make_scene(), spans_at(*range(N))
+        signal = DenseSignal(torch.zeros(N, W))
+        head_pass(scene.hidden, scene.head, signal, [CrossTerm("kd", counted)], spans=each)
+        assert seen == [4, 4, 4, 4, 4, 1]
+
     def test_no_tensor_of_all_positions_or_spans_and_ids_is_made(self) -> None:
         positions, ids, teacher_ids = 64, 90, 120
         student = make_scene(num_positions=positions, num_ids=ids)
