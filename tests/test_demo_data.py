@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from kdkit.data.spans import PROBES, tokenizer_relation
 
 DEMO = Path(__file__).parents[1] / "data" / "demo"
 SPLITS = ("train", "validation", "test")
@@ -30,6 +32,11 @@ def run_maker(program, folder):
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(DEMO / "teacher")
+
+
+@pytest.fixture(scope="module")
+def unigram():
+    return AutoTokenizer.from_pretrained(DEMO / "deep_student")
 
 
 class TestMakeRows:
@@ -133,24 +140,64 @@ class TestTeacher:
 
 
 class TestTokenizer:
-    def test_training_it_again_gives_the_committed_bytes(self, tmp_path):
+    def test_training_both_again_gives_the_committed_bytes(self, tmp_path):
         run_maker(DEMO / "make_tokenizer.py", tmp_path)
-        for path in tmp_path.iterdir():
-            assert path.read_bytes() == (DEMO / "teacher" / path.name).read_bytes(), path.name
+        made = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.json")}
+        folders = ("teacher", "moe_teacher", "deep_student")
+        assert made == {Path(folder, f"tokenizer{part}.json") for folder in folders for part in ("", "_config")}
+        for path in made:
+            assert (tmp_path / path).read_bytes() == (DEMO / path).read_bytes(), path
 
     def test_pad_and_eos_are_distinct(self, tokenizer):
         assert tokenizer.pad_token_id != tokenizer.eos_token_id
         assert len(tokenizer) == 1024
 
     @pytest.mark.parametrize("split", ["validation", "test"])
-    def test_encoding_round_trips_and_adds_nothing(self, tokenizer, split):
+    @pytest.mark.parametrize("folder", ["teacher", "deep_student"])
+    def test_encoding_round_trips_and_adds_nothing(self, folder, split):
+        tokenizer = AutoTokenizer.from_pretrained(DEMO / folder)
         texts = [text for row in read_rows(split) for text in (row["input"], *references_of(row))]
         ids = tokenizer(texts)["input_ids"]
         assert tokenizer.batch_decode(ids) == texts
+        assert not {index for row in ids for index in row} & set(tokenizer.all_special_ids)
 
-    def test_prompt_and_answer_mostly_fit_96_tokens(self, tokenizer):
+    @pytest.mark.parametrize(
+        ("folder", "usual", "most"), [("teacher", 96, 128), ("moe_teacher", 96, 128), ("deep_student", 112, 128)]
+    )
+    def test_prompt_and_answer_are_short(self, folder, usual, most):
         rows = read_rows("train")
         texts = [f"{r['instruction']}\n{r['input']}\nAnswer:\n{references_of(r)[0]}" for r in rows]
-        lengths = [len(ids) + 1 for ids in tokenizer(texts)["input_ids"]]
-        assert sum(length <= 96 for length in lengths) >= 0.99 * len(lengths)
-        assert max(lengths) <= 128
+        lengths = [len(ids) + 1 for ids in AutoTokenizer.from_pretrained(DEMO / folder)(texts)["input_ids"]]
+        assert sum(length <= usual for length in lengths) >= 0.99 * len(lengths)
+        assert max(lengths) <= most
+
+
+class TestUnigramTokenizer:
+    """The deep student's, which has to give back all that the teachers' byte-level BPE gives back."""
+
+    def test_has_the_ids_that_the_config_names(self, unigram):
+        config = AutoConfig.from_pretrained(DEMO / "deep_student")
+        assert (config.vocab_size, config.pad_token_id, config.eos_token_id) == (768, 0, 1)
+        assert unigram.convert_tokens_to_ids(["<pad>", "<eos>"]) == [0, 1]
+        assert sorted(unigram.get_vocab().values()) == list(range(768))
+
+    @pytest.mark.parametrize(
+        "text", [*PROBES, "", "       ", "\t\n  \r\n\tx ", "a literal <0x0A>, <eos> and <unk>", "é", "\x00\x7f", "𝔘🙂 "]
+    )
+    def test_gives_back_every_character_and_says_where_it_stood(self, unigram, text):
+        encoded = unigram(text, return_offsets_mapping=True, split_special_tokens=True)
+        assert unigram.decode(encoded["input_ids"]) == text
+        spans = sorted(set(encoded["offset_mapping"]))
+        assert "".join(text[start:end] for start, end in spans) == text
+        shared = [span for span in spans if encoded["offset_mapping"].count(span) > 1]
+        assert all(end - start == 1 for start, end in shared), "bytes that carry the place of several characters"
+
+    def test_is_no_relation_of_the_teachers(self, unigram, tokenizer):
+        assert tokenizer_relation(tokenizer, unigram).kind == "different"
+        texts = [references_of(row)[0] for row in read_rows("test")]
+        ends = [
+            [{end for _, end in row} for row in side(texts, return_offsets_mapping=True)["offset_mapping"]]
+            for side in (tokenizer, unigram)
+        ]
+        alone = sum(len(ours - theirs) for theirs, ours in zip(*ends, strict=True))
+        assert alone > 0.25 * sum(len(ours) for ours in ends[1]), "it cuts where the other one does"
