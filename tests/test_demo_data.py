@@ -13,6 +13,7 @@ from kdkit.data.spans import PROBES, tokenizer_relation
 
 DEMO = Path(__file__).parents[1] / "data" / "demo"
 SPLITS = ("train", "validation", "test")
+TEACHERS = ("teacher", "moe_teacher")
 TEACHER_LIMIT_BYTES = 6_000_000
 
 
@@ -23,6 +24,14 @@ def read_rows(split):
 
 def references_of(row):
     return row["output"] if isinstance(row["output"], list) else [row["output"]]
+
+
+def prompt_of(row):
+    return "\n".join(part for part in (row["instruction"], row["input"], "Answer:\n") if part)
+
+
+def config_of(name):
+    return json.loads((DEMO / name / "config.json").read_text(encoding="utf-8"))
 
 
 def run_maker(program, folder):
@@ -110,33 +119,83 @@ class TestRows:
             assert int(left) + change == int(result)
 
 
-class TestTeacher:
-    def test_knows_the_committed_rows_and_tokenizer(self, tokenizer):
+class TestTeachers:
+    @pytest.mark.parametrize("name", TEACHERS)
+    def test_knows_the_committed_rows_and_tokenizer(self, name):
         # Weights trained on another vocabulary load without complaint; only their loss tells.
-        model = AutoModelForCausalLM.from_pretrained(DEMO / "teacher", dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(DEMO / name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(DEMO / name)
         losses = []
         for row in read_rows("test")[:20]:
-            parts = [part for part in (row["instruction"], row["input"], "Answer:\n") if part]
-            prompt = tokenizer("\n".join(parts))["input_ids"]
+            prompt = tokenizer(prompt_of(row))["input_ids"]
             answer = [*tokenizer(references_of(row)[0])["input_ids"], tokenizer.eos_token_id]
             labels = torch.tensor([[-100] * len(prompt) + answer])
             with torch.no_grad():
                 losses.append(model(torch.tensor([prompt + answer]), labels=labels).loss.item())
         assert sum(losses) / len(losses) < 1.0
 
-    def test_folder_is_small_and_holds_no_pickle(self):
-        files = [path for path in (DEMO / "teacher").rglob("*") if path.is_file()]
+    @pytest.mark.parametrize("name", TEACHERS)
+    def test_folder_is_small_and_holds_no_pickle(self, name):
+        files = [path for path in (DEMO / name).rglob("*") if path.is_file()]
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in files}
         assert {path.suffix for path in files} <= {".json", ".safetensors", ".jinja", ".md"}
         assert sum(path.stat().st_size for path in files) <= TEACHER_LIMIT_BYTES
 
+    @pytest.mark.parametrize("name", TEACHERS)
+    def test_record_names_the_committed_weights(self, name):
+        record = json.loads((DEMO / name / "training.json").read_text(encoding="utf-8"))
+        assert record["parameters"] == AutoModelForCausalLM.from_pretrained(DEMO / name).num_parameters()
+        assert record["test rows"]["rouge_l"] > 80
+
     def test_student_shares_the_vocabulary_and_is_several_times_smaller(self):
-        teacher, student = (
-            json.loads((DEMO / name / "config.json").read_text(encoding="utf-8")) for name in ("teacher", "student")
-        )
+        teacher, student = config_of("teacher"), config_of("student")
         for field in ("vocab_size", "pad_token_id", "eos_token_id"):
             assert student[field] == teacher[field]
         assert student["hidden_size"] * 2 <= teacher["hidden_size"]
+
+    def test_deep_student_is_deeper_and_narrower_than_the_moe_teacher(self):
+        teacher, student = config_of("moe_teacher"), config_of("deep_student")
+        assert student["num_hidden_layers"] > teacher["num_hidden_layers"]
+        assert student["hidden_size"] < teacher["hidden_size"]
+        assert student["vocab_size"] < teacher["vocab_size"]
+
+
+class TestMoeTeacher:
+    @pytest.fixture
+    def model(self):
+        return AutoModelForCausalLM.from_pretrained(DEMO / "moe_teacher", dtype=torch.float32).eval()
+
+    def test_every_layer_has_eight_experts_of_its_own_and_a_shared_one(self, model):
+        assert (model.config.model_type, model.config.num_experts_per_tok) == ("qwen2_moe", 2)
+        assert model.config.num_hidden_layers == 4
+        for layer in model.model.layers:
+            experts = layer.mlp.experts.down_proj  # (experts, hidden, inner)
+            assert len(experts) == 8
+            distances = torch.cdist(experts.flatten(1), experts.flatten(1))  # (8, 8)
+            norm = experts.flatten(1).norm(dim=1).mean()
+            assert distances[~torch.eye(8, dtype=torch.bool)].min() > 0.5 * norm, "two experts are one"
+            assert layer.mlp.shared_expert.down_proj.weight.abs().max() > 0
+
+    def test_no_expert_of_any_layer_is_out_of_use(self, model):
+        """The training had no loss that spreads the tokens, so nothing but the result says that they are spread."""
+        chosen = []
+        for layer in model.model.layers:
+            layer.mlp.gate.register_forward_hook(lambda _, __, output: chosen.append(output[2]))  # (tokens, 2)
+        tokenizer = AutoTokenizer.from_pretrained(DEMO / "moe_teacher", padding_side="right")
+        texts = [prompt_of(row) + references_of(row)[0] for row in read_rows("validation")]
+        counts = torch.zeros(4, 8)
+        for start in range(0, len(texts), 50):
+            batch = tokenizer(texts[start : start + 50], padding=True, return_tensors="pt")
+            with torch.inference_mode():
+                model(**batch)
+            is_text = batch["attention_mask"].flatten().bool()
+            counts += torch.stack([experts[is_text].flatten().bincount(minlength=8) for experts in chosen])
+            chosen.clear()
+        shares = counts / counts.sum(1, keepdim=True)
+        assert shares.min() > 0.02
+        record = json.loads((DEMO / "moe_teacher" / "training.json").read_text(encoding="utf-8"))
+        recorded = torch.tensor(list(record["expert shares on validation rows"].values()))
+        torch.testing.assert_close(shares, recorded, atol=0.002, rtol=0)
 
 
 class TestTokenizer:
