@@ -160,6 +160,22 @@ class TestTeachers:
         assert student["vocab_size"] < teacher["vocab_size"]
 
 
+class TestTeacherAnswers:
+    @pytest.mark.parametrize("name", TEACHERS)
+    def test_are_the_teachers_to_every_training_prompt_in_order(self, name):
+        lines = (DEMO / f"{name}_answers.jsonl").read_text(encoding="utf-8").splitlines()
+        answers = [json.loads(line) for line in lines]
+        assert [answer["prompt"] for answer in answers] == [prompt_of(row) for row in read_rows("train")]
+        assert all(answer["ended"] and answer["completion"].strip() for answer in answers)
+        model = AutoModelForCausalLM.from_pretrained(DEMO / name, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(DEMO / name)
+        asked = tokenizer([answer["prompt"] for answer in answers[:20]], padding=True, return_tensors="pt")
+        ids = model.generate(**asked, max_new_tokens=64, do_sample=False)[:, asked["input_ids"].shape[1] :]
+        told = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        same = sum(text == answer["completion"] for text, answer in zip(told, answers, strict=False))
+        assert same >= 18, "another machine may round a close call the other way, and no more"
+
+
 class TestMoeTeacher:
     @pytest.fixture
     def model(self):
