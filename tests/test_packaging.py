@@ -24,3 +24,9 @@ class TestPackages:
         places = {name: ROOT / name.replace(".", "/") for name in data if "demo_data" not in name}
         carried = {file for name, place in places.items() for pattern in data[name] for file in place.glob(pattern)}
         assert not {path.name for path in others - carried} - {"README.md"}
+
+    def test_a_wheel_carries_the_models_beside_the_demo_rows(self):
+        demo, tools = ROOT / "data" / "demo", PROJECT["tool"]["setuptools"]
+        folders = {f"kdkit.demo_data.{path.parent.name}" for path in demo.glob("*/*.json")}
+        assert folders == {name for name in tools["packages"] if name.startswith("kdkit.demo_data.")}
+        assert all(tools["package-data"][name] == ["*"] for name in folders)

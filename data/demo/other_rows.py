@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 import yaml
-from make_tokenizer import train
+from make_tokenizer import train_bpe
 from transformers import AutoConfig
 
 from kdkit.config import load_config
@@ -31,7 +31,7 @@ STUDENT_ROWS = 500
 def main(rows: str, output: Path, vocabulary: int, teacher_steps: int) -> None:
     """Write the tokenizer, both models' configs and the two runs."""
     splits = {split: _file_of(rows, split) for split in ("train", "validation", "test")}
-    tokenizer = train(Path(splits["train"]), vocabulary)
+    tokenizer = train_bpe(Path(splits["train"]), vocabulary)
     for name in ("teacher", "student"):
         config = AutoConfig.from_pretrained(HERE / name, vocab_size=len(tokenizer))
         folder = output / "models" / name
