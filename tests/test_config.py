@@ -8,7 +8,7 @@ import yaml
 
 import kdkit.config
 from kdkit.config import DistillConfig, demo_folder, dump_config, list_presets, load_config
-from kdkit.config.fields import LOSS_ARGUMENTS
+from kdkit.config.objective import LOSS_ARGUMENTS
 from kdkit.config.reading import _part_in, stage_config
 from kdkit.errors import UserError
 from kdkit.schedules import Schedule
