@@ -24,16 +24,18 @@ def cli(debug: bool) -> None:
 
 
 @cli.command()
-@click.option("--output", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), help="Folder.  [default: runs/demo or runs/demo-cross]")
+@click.option("--cross-tokenizer", is_flag=True, help="An MoE teacher, and a deeper student with another tokenizer.")
 @click.option("--resume", is_flag=True, help="Continue a demo that was stopped.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON on stdout.")
-def demo(output: Path, resume: bool, as_json: bool) -> None:
+def demo(output: Path | None, cross_tokenizer: bool, resume: bool, as_json: bool) -> None:
     """Distil the embedded teacher into a small student: no network, no GPU, a few minutes."""
     from kdkit.demo import run_demo
     from kdkit.training.stopping import StopRequest
 
     with StopRequest().on_signals() as stop:
-        result = run_demo(output, resume=resume, stop=stop)
+        folder = output or Path("runs/demo-cross" if cross_tokenizer else "runs/demo")
+        result = run_demo(folder, cross_tokenizer=cross_tokenizer, resume=resume, stop=stop)
     if as_json:
         click.echo(json.dumps(result.comparison, indent=1))
     else:

@@ -21,6 +21,11 @@ from kdkit.training.stopping import StopRequest
 
 NUM_STEPS = 250
 NAMES = {"sft": "SFT student", "kd": "KD student", "kd_dtw": "KD + DTW student"}
+PAIRS = {
+    False: {"base": "demo", "answers": "${demo}/teacher_answers.jsonl"},
+    True: {"base": "demo-moe", "answers": "${demo}/moe_teacher_answers.jsonl"},
+}
+"""By whether teacher and student have different tokenizers: the preset of models and rows, the teacher's answers."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,14 @@ class DemoResult:
     report: Path
 
 
-def run_demo(output: Path, *, resume: bool = False, stop: StopRequest | None = None) -> DemoResult:
+def run_demo(
+    output: Path, *, cross_tokenizer: bool = False, resume: bool = False, stop: StopRequest | None = None
+) -> DemoResult:
     """Distil the embedded teacher and compare.
 
     Args:
         output: folder of the three runs and the report; new, or with `resume` one that holds a stopped demo.
+        cross_tokenizer: distil the MoE teacher into a deeper student that reads by another tokenizer.
         resume: continue where a demo was stopped.
         stop: asked between steps whether to stop.
     Returns:
@@ -44,7 +52,9 @@ def run_demo(output: Path, *, resume: bool = False, stop: StopRequest | None = N
     Raises:
         UserError, RunFailed, Interrupted: as `run_distillation`.
     """
-    results = {name: _run(name, tree, output, resume=resume, stop=stop) for name, tree in _plan().items()}
+    results = {
+        name: _run(name, tree, output, resume=resume, stop=stop) for name, tree in _plan(PAIRS[cross_tokenizer]).items()
+    }
     comparison: list[dict[str, float | str | None]] = [{"model": "teacher", **results["sft"].evaluations["teacher"]}]
     comparison += [
         {"model": label, "steps": NUM_STEPS, **results[name].evaluations["student"]} for name, label in NAMES.items()
@@ -53,18 +63,18 @@ def run_demo(output: Path, *, resume: bool = False, stop: StopRequest | None = N
     return DemoResult(comparison, report)
 
 
-def _plan() -> dict[str, dict[str, JsonValue]]:
+def _plan(pair: dict[str, str]) -> dict[str, dict[str, JsonValue]]:
     """The runs, in order, each as what it lays over the preset `demo`."""
     optim: dict[str, JsonValue] = {"max_steps": NUM_STEPS}
     answers: dict[str, JsonValue] = {
-        "train": "${demo}/teacher_answers.jsonl",
+        "train": pair["answers"],
         "train_rows": None,
         "train_template": "{instruction}",
     }
     return {
-        "sft": {"preset": ["demo", "sft"], "optim": optim, "evaluation": {"teacher": True}},
-        "kd": {"preset": ["demo", "fkl"], "optim": optim, "data": answers},
-        "kd_dtw": {"preset": ["demo", "fkl-dtw"], "optim": optim, "data": answers},
+        "sft": {"preset": [pair["base"], "sft"], "optim": optim, "evaluation": {"teacher": True}},
+        "kd": {"preset": [pair["base"], "fkl"], "optim": optim, "data": answers},
+        "kd_dtw": {"preset": [pair["base"], "fkl-dtw"], "optim": optim, "data": answers},
     }
 
 

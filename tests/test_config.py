@@ -163,7 +163,7 @@ def test_losses_and_their_arguments_are_those_of_the_library():
     import inspect
     from typing import get_args
 
-    from kdkit.config.fields import LossName
+    from kdkit.config.objective import LossName
     from kdkit.losses import LOSSES
 
     assert set(get_args(LossName)) == set(LOSSES)

@@ -183,7 +183,7 @@ class TestPages:
             ("losses.head_pass", "head_pass", "Sum of all terms over the vocabulary"),
             ("softdtw.api", "soft_dtw", "cost – (B, N, M) float; gradient flows"),
             ("losses.alignment", "AlignmentResult.counted", "(B,) bool: both sides have at least one unit."),
-            ("config.fields", "DtwConfig.gamma", "gamma: Schedule = 0.1"),
+            ("config.objective", "DtwConfig.gamma", "gamma: Schedule = 0.1"),
             ("config.fields", "DataConfig.max_length", "DistiLLM: 512. Allowed: at least 1."),
             ("config.fields", "DistillConfig.teacher", "teacher: TeacherConfig"),
         ],

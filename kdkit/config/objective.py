@@ -93,8 +93,8 @@ class LmConfig(Part):
 class SpanConfig(Part):
     """How likely both models find the same bytes, where their tokenizers differ; with one tokenizer kd says more."""
 
-    weight: Weight = Schedule.model_validate(0.0)
-    """Share of the total; 0 is off."""
+    weight: Weight | None = None
+    """Share of the total. None: that of kd where tokenizers differ, as kd compares the first token of a span alone."""
     temperature: float = Field(default=1.0, gt=0)
     """Takes this root of both likelihoods before they are compared; more brings long spans into range. ALM: 100."""
 
@@ -227,9 +227,9 @@ class ObjectiveConfig(Part):
 
     @property
     def weights(self) -> dict[str, Schedule]:
-        """The weight of each term by its name."""
-        parts = (getattr(self, name) for name in TERM_NAMES)
-        return {name: part.weight for name, part in zip(TERM_NAMES, parts, strict=True)}
+        """The weight of each term by its name; of span what the config says, 0 where it follows kd."""
+        given = {name: getattr(self, name).weight for name in TERM_NAMES}
+        return {name: Schedule.model_validate(0.0) if weight is None else weight for name, weight in given.items()}
 
     @property
     def needs_teacher(self) -> bool:

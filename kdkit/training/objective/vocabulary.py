@@ -88,7 +88,8 @@ class LmTerm(VocabularyTerm):
 
 
 class SpanLikelihoodTerm(VocabularyTerm):
-    """How likely both models find the text of each span, where their tokenizers differ.
+    """How likely both models find the text of each span, where their tokenizers differ; without a weight of its own it
+    has that of kd, which says nothing of the tokens within a span: a student would never learn to end a word.
 
     A mean over the student's counted tokens, not over spans: the likelihood of a span of many tokens is a product of as
     many conditionals.
@@ -96,8 +97,8 @@ class SpanLikelihoodTerm(VocabularyTerm):
 
     name, counts, needs_teacher = "span", "tokens", True
 
-    def __init__(self, config: SpanConfig) -> None:
-        super().__init__(config.weight)
+    def __init__(self, config: SpanConfig, *, follows: Schedule | None) -> None:
+        super().__init__(config.weight or follows or Schedule.model_validate(0.0))
         self.config = config
 
     def head_term(

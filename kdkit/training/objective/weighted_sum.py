@@ -53,7 +53,7 @@ class Objective:
     """
 
     def __init__(self, config: ObjectiveConfig, *, match: VocabularyMatch | None = None) -> None:
-        if match is None and config.span.weight.largest > 0:
+        if match is None and config.weights["span"].largest > 0:
             raise UserError(
                 "objective.span compares the spans of two tokenizers, and teacher and student have one, so that kd "
                 "compares every token: set objective.span.weight=0 and give objective.kd a weight"
@@ -63,7 +63,7 @@ class Objective:
         self.vocabulary_terms: tuple[VocabularyTerm, ...] = (
             self.kd,
             LmTerm(config.lm),
-            SpanLikelihoodTerm(config.span),
+            SpanLikelihoodTerm(config.span, follows=config.kd.weight if match is not None else None),
         )
         self.hidden_terms: tuple[HiddenTerm, ...] = (
             DtwTerm(config.dtw),
