@@ -146,13 +146,14 @@ def alignment_of(
 
 def _read(models: RunModels, model: PreTrainedModel, prompt: str, answer: str) -> tuple[Tensor, list[str]]:
     """Pooled hidden states (1, U, H) of an answer's units, float32, and the units' texts."""
-    batch = encode_answer(models, prompt, answer)
+    batch = encode_answer(models, prompt, answer, model=model)
     if batch["max_units"] == 0:
         raise UserError(f"the answer {answer!r} has no words to align")
     ids, unit_ids = batch["input_ids"], batch["unit_ids"]
     hidden = _hidden_states(model, ids.to(model.device), batch["attention_mask"].to(model.device))
     units, _ = pool_units(hidden.float(), unit_ids.to(model.device), batch["max_units"])
-    return units, [models.tokenizer.decode(ids[unit_ids == u]).strip() for u in range(batch["max_units"])]
+    decode = models.tokenizer_of(model).decode
+    return units, [decode(ids[unit_ids == u]).strip() for u in range(batch["max_units"])]
 
 
 def _hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

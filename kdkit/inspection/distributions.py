@@ -101,6 +101,11 @@ def read_positions(models: RunModels, prompt: str, answer: str, *, student: Stud
     Raises:
         UserError: nothing is left of the row after tokenising, or the two vocabularies do not fit.
     """
+    if models.teacher_tokenizer is not None:
+        raise UserError(
+            "teacher and student have different tokenizers, so that their next tokens cannot be laid side by side: "
+            "take a run of a pair with one tokenizer, or look at notebook 02, which shows the spans that both agree on"
+        )
     batch = encode_answer(models, prompt, answer)
     ids, positions = batch["input_ids"], batch["positions"]  # (1, T), (N,)
     own, tokenizer = models.students[student], models.tokenizer

@@ -17,6 +17,7 @@ from kdkit.config.reading import stage_config
 from kdkit.data.batch import Batch, DistillCollator
 from kdkit.data.encoding import encode_rows
 from kdkit.data.rows import RowReport, Rows
+from kdkit.data.spans import tokenizer_relation
 from kdkit.data.templates import Question, prompt_renderer
 from kdkit.errors import UserError
 from kdkit.evaluation import GenerationSettings, generate_answers
@@ -41,6 +42,12 @@ class RunModels:
     """`before` as the run found it, `student` as the run left it."""
     projectors: Mapping[StudentName, nn.Module]
     """From each student's hidden states into the teacher's space; empty where the run aligned nothing."""
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
+    """The teacher's, where it reads text in another way."""
+
+    def tokenizer_of(self, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+        """What one of the models reads and writes by."""
+        return self.teacher_tokenizer or self.tokenizer if model is self.teacher else self.tokenizer
 
 
 def load_run_models(folder: str | Path) -> RunModels:
@@ -72,7 +79,9 @@ def load_run_models(folder: str | Path) -> RunModels:
     )
     students: dict[StudentName, PreTrainedModel] = {"before": before, "student": load_student(run.model)}
     projectors = _load_projectors(run, config, machine.device)
-    return RunModels(config, load_tokenizer(run.model), load_teacher(config.teacher, machine), students, projectors)
+    own, theirs = load_tokenizer(run.model), load_tokenizer(config.teacher.path, revision=config.teacher.revision)
+    other = theirs if tokenizer_relation(own, theirs).kind == "different" else None
+    return RunModels(config, own, load_teacher(config.teacher, machine), students, projectors, other)
 
 
 def compare_answers(models: RunModels, prompt: str) -> dict[str, str]:
@@ -88,7 +97,7 @@ def compare_answers(models: RunModels, prompt: str) -> dict[str, str]:
     """
     if not prompt.strip():
         raise UserError("the prompt is empty: type a question or a task")
-    written = prompt_renderer(models.config.data.template, models.tokenizer)(Question(prompt.strip()))
+    template, question = models.config.data.template, Question(prompt.strip())
     evaluation = models.config.evaluation
     settings = GenerationSettings(
         max_new_tokens=evaluation.max_new_tokens,
@@ -97,24 +106,28 @@ def compare_answers(models: RunModels, prompt: str) -> dict[str, str]:
         top_p=evaluation.top_p,
         seed=models.config.seed,
     )
-    asked = [*models.students.items(), ("teacher", models.teacher)]
-    answers = {name: generate_answers(model, models.tokenizer, [written], settings)[0].text for name, model in asked}
+    answers = {}
+    for name, model in [*models.students.items(), ("teacher", models.teacher)]:
+        tokenizer = models.tokenizer_of(model)
+        written = prompt_renderer(template, tokenizer)(question)
+        answers[name] = generate_answers(model, tokenizer, [written], settings)[0].text
     return {"prompt": prompt.strip(), **answers}
 
 
-def encode_answer(models: RunModels, prompt: str, answer: str) -> Batch:
+def encode_answer(models: RunModels, prompt: str, answer: str, *, model: PreTrainedModel | None = None) -> Batch:
     """One answer to one prompt as a batch of training would hold it.
 
     Args:
         models: of the run, whose tokenizer, lengths and unit are taken.
         prompt: as the models read it, template included.
         answer: of the row.
+        model: which of the models reads it; None: a student.
     Returns:
         The batch of one row.
     Raises:
         UserError: nothing is left of the row after tokenising.
     """
-    data, tokenizer = models.config.data, models.tokenizer
+    data, tokenizer = models.config.data, models.tokenizer if model is None else models.tokenizer_of(model)
     aligning = aligning_stage(models.config)
     unit = aligning[1].objective.unit if aligning else "word"
     row = Rows(Dataset.from_dict({"prompt": [prompt], "references": [[answer]]}), "answer", RowReport(1, 1, {}), "")
