@@ -40,6 +40,7 @@ FLOORS = (
         "training.rollout",
         "training.progress",
         "training.rows",
+        "training.saving",
         "training.stopping",
         "training.validation",
     ),

@@ -23,8 +23,9 @@ from kdkit.training.metrics import MetricsFile
 from kdkit.training.model import DistillModel
 from kdkit.training.objective import Objective
 from kdkit.training.progress import say
+from kdkit.training.saving import ADAPTERS_FILE
 from kdkit.training.stopping import StopRequest
-from kdkit.training.trainer import ADAPTERS_FILE, STATE_FILE, DistillTrainer, Generate
+from kdkit.training.trainer import STATE_FILE, DistillTrainer, Generate
 
 OF_TRAINING = (
     checkpoint.SEAL,

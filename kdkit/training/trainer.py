@@ -10,14 +10,12 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -43,11 +41,11 @@ from kdkit.training.model import DistillModel
 from kdkit.training.objective import ITEMS, Item, Moment, count_items
 from kdkit.training.progress import say
 from kdkit.training.rollout import Rollout
+from kdkit.training.saving import StageWriter, read_student, write_student
 from kdkit.training.validation import measure_objective, shared_batches
 
 logger = logging.getLogger(__name__)
 
-ADAPTERS_FILE = "adapters.safetensors"
 STATE_FILE = "kdkit_state.json"
 Generate = Callable[[PreTrainedModel, int | None], Mapping[str, float]]
 
@@ -111,9 +109,6 @@ class DistillTrainer(Trainer):
         self._last_inputs: Batch | None = None
         self._settled_rng: dict | None = None
         self._last_row_at = time.monotonic()
-        self._state_of_sums: dict[str, object] = {}
-        self._staging = False
-        self._checkpoint_bytes = 0
         super().__init__(
             model=model,
             args=args,
@@ -124,6 +119,9 @@ class DistillTrainer(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+        self.writer = StageWriter(
+            Path(args.output_dir), stage=stage, accelerator=self.accelerator, is_writing=args.should_save
+        )
         self._check_sharding()
 
     def _check_sharding(self) -> None:
@@ -412,89 +410,45 @@ class DistillTrainer(Trainer):
         self._save_checkpoint(self.model_wrapped, publish=False)
 
     def _get_output_dir(self, trial: Any) -> str:
-        """The staging folder while a checkpoint is written, so that no half-written one bears a checkpoint's name."""
-        folder = Path(self.args.output_dir)
-        return str(folder / checkpoint.STAGING if self._staging else folder)
-
-    @contextmanager
-    def _into_staging(self) -> Iterator[Path]:
-        folder = Path(self.args.output_dir)
-        if self.args.should_save:
-            checkpoint.clear_staging(folder)
-            (folder / checkpoint.STAGING).mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self._staging = True
-        try:
-            yield folder / checkpoint.STAGING / f"{checkpoint.PREFIX}{self.state.global_step}"
-            self.accelerator.wait_for_everyone()
-        finally:
-            self._staging = False
-            if self.args.should_save:
-                checkpoint.clear_staging(folder)
+        """The staging folder while a checkpoint is written."""
+        return str(self.writer.target)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None, *, publish: bool = True) -> None:
         """Write a whole checkpoint or none; `publish=False` writes and throws away, to see whether it works."""
-        folder = Path(self.args.output_dir)
-        final = folder / f"{checkpoint.PREFIX}{self.state.global_step}"
-        if publish and checkpoint.is_whole(final):
+        folder, step = Path(self.args.output_dir), self.state.global_step
+        if publish and checkpoint.is_whole(folder / f"{checkpoint.PREFIX}{step}"):
             return
-        if self.args.should_save:
-            checkpoint.check_room(folder, self._needed_bytes())
-        self._state_of_sums = self.sums.state(self.accelerator)
-        try:
-            with undisturbed_rng(), self._into_staging() as staged:
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    self._checkpoint_bytes = sum(file.stat().st_size for file in staged.rglob("*") if file.is_file())
-                    if publish:
-                        checkpoint.publish(staged, final)
-                        checkpoint.rotate(folder, keep=self.keep)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise RunFailed(
-                f"stage {self.stage}, step {self.state.global_step}: the checkpoint could not be written ({error}). "
-                "Nothing half-written is left and the previous checkpoint is kept."
-            ) from error
-        self.accelerator.wait_for_everyone()
-
-    def _needed_bytes(self) -> int:
-        """Size of the last checkpoint, or of weights and optimizer state before there is one."""
-        parameters = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        return self._checkpoint_bytes or 3 * parameters
+        state = {"sums": self.sums.state(self.accelerator), "num_skipped_steps": self.num_skipped_steps}
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        with (
+            undisturbed_rng(),
+            self.writer.staged(checkpoint.PREFIX, step, estimated_bytes=3 * weights) as staged,  # AdamW keeps two more
+        ):
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                (staged / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+                if self.rollout is not None:
+                    self.rollout.save(staged)
+            if not publish:
+                self.writer.discard(staged)
+                return
+            self.writer.publish(staged)
+            if self.args.should_save:
+                checkpoint.rotate(folder, keep=self.keep)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Student as `from_pretrained` reads it, adapters beside it, and the sums of the next log row."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        student = adapters = None  # None: the module's own, which FSDP has cut into shards
-        if state_dict is not None:
-            student, adapters = _below(state_dict, "student."), _below(state_dict, "adapters.")
-            for tied in unwrapped.student.all_tied_weights_keys:  # gathered one by one, they no longer share memory
-                student.pop(tied, None)
-        unwrapped.student.save_pretrained(folder, state_dict=student, max_shard_size="1000GB")
-        adapters = unwrapped.adapters.state_dict() if adapters is None else adapters
-        if adapters:
-            save_file({name: value.contiguous() for name, value in adapters.items()}, folder / ADAPTERS_FILE)
-        self.processing_class.save_pretrained(folder)
-        state = {"sums": self._state_of_sums, "num_skipped_steps": self.num_skipped_steps}
-        (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
-        if self.rollout is not None:
-            self.rollout.save(folder)
+        """The student as `from_pretrained` reads it, and what belongs to it."""
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            write_student(unwrapped, folder, tokenizer=self.processing_class, gathered=state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Student and adapters back into place, every key accounted for."""
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        folder = Path(resume_from_checkpoint)
-        with preserved_rng_state():  # from_pretrained knows how the weights of each architecture are stored
-            saved = type(self.model.student).from_pretrained(folder, dtype=torch.float32)
-        self.model.student.load_state_dict(saved.state_dict())
-        if len(self.model.adapters):
-            self.model.adapters.load_state_dict(load_file(folder / ADAPTERS_FILE))
+        else:
+            read_student(self.model, Path(resume_from_checkpoint))
 
     def restore_state(self, folder: Path) -> None:
         """Go on with the sums of the next log row and with the rollout as a checkpoint left them."""
@@ -554,8 +508,3 @@ def _keep_embeddings_in_32_bits(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             manager.register_module_override(module, "weight", {"optim_bits": 32})
-
-
-def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The part of a state dict under a prefix, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
