@@ -8,7 +8,6 @@ docstring says how.
 import json
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,9 +35,11 @@ from kdkit.runtime import preserved_rng_state, rng_state, set_rng_state, undistu
 from kdkit.teacher.sources import TeacherSource
 from kdkit.training import checkpoint
 from kdkit.training.controls import ChangeableStage
-from kdkit.training.metrics import MetricsFile, RunningSums
+from kdkit.training.figures import TrainFigures
+from kdkit.training.metrics import MetricsFile
 from kdkit.training.model import DistillModel
 from kdkit.training.objective import ITEMS, Item, Moment, count_items
+from kdkit.training.optimizer import keep_embeddings_in_32_bits, parameter_groups
 from kdkit.training.progress import say
 from kdkit.training.rollout import Rollout
 from kdkit.training.saving import StageWriter, read_student, write_student
@@ -102,13 +103,12 @@ class DistillTrainer(Trainer):
         self.changeable = changeable
         self.on_nonfinite = on_nonfinite
         self.keep = keep
-        self.sums = RunningSums()
         self.objective = model.objective
+        self.figures = TrainFigures(model.objective)
         self.num_skipped_steps = 0
         self.update_norm: float | None = None
         self._last_inputs: Batch | None = None
         self._settled_rng: dict | None = None
-        self._last_row_at = time.monotonic()
         super().__init__(
             model=model,
             args=args,
@@ -150,7 +150,7 @@ class DistillTrainer(Trainer):
         if self.changeable is not None:
             if self.changeable.is_paused and self.state.global_step and self.accelerator.num_processes == 1:
                 self._save_checkpoint(self.model_wrapped)  # whoever pauses may not come back
-            self._last_row_at += self.changeable.take_up(self.state.global_step, accelerator=self.accelerator)
+            self.figures.leave_out(self.changeable.take_up(self.state.global_step, accelerator=self.accelerator))
         batches, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.rollout is None or not batches:
             return batches, counts
@@ -162,7 +162,7 @@ class DistillTrainer(Trainer):
             autocast=self.accelerator.autocast,
         )
         for name, figure in figures.items():
-            self.sums.add(name, torch.tensor(figure, dtype=torch.float64, device=device))
+            self.figures.sums.add(name, torch.tensor(figure, dtype=torch.float64, device=device))
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> dict[Item, float]:
@@ -185,7 +185,8 @@ class DistillTrainer(Trainer):
         moment = Moment(self.state.global_step, self.args.max_steps, num_items_in_batch)
         outputs = model(inputs, signal=self._signal(inputs, moment), moment=moment)
         self._last_inputs = inputs
-        self._record(outputs, moment, num_tokens=inputs["positions"].numel())
+        step_share = 1.0 / (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
+        self.figures.record(outputs, moment, num_tokens=inputs["positions"].numel(), step_share=step_share)
         loss = outputs["loss"]
         if self.on_nonfinite == "stop" and not torch.isfinite(loss):
             culprits = [name for name, value in outputs["sums"].items() if not torch.isfinite(value)]
@@ -200,22 +201,6 @@ class DistillTrainer(Trainer):
         assert self.teacher is not None
         return self.teacher(inputs)
 
-    def _record(self, outputs: Mapping[str, Any], moment: Moment, *, num_tokens: int) -> None:
-        """Add a micro-batch's parts to the sums of the next log row."""
-        # A part is a mean over the steps in which its term was on.
-        step_share = 1.0 / (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
-        for term in self.objective.terms:
-            if term.name not in outputs["sums"]:
-                continue
-            value = outputs["sums"][term.name]
-            mean = (value / max(moment.counts[term.counts], 1.0)).double()
-            share = step_share if moment.counts[term.counts] else 0.0  # a window without items says nothing
-            self.sums.add(f"part/{term.name}", torch.stack([mean, torch.full_like(mean, share)]))
-            self.sums.add(f"weighted/{term.name}", value * self.objective.coefficient(term, moment))
-        for name, pair in outputs["statistics"].items():
-            self.sums.add(name, pair)
-        self.sums.add("tokens", torch.tensor(float(num_tokens)))
-
     # ---- what is not finite ----------------------------------------------------------------------------------
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> float:
@@ -226,7 +211,7 @@ class DistillTrainer(Trainer):
         if self.on_nonfinite == "stop":
             self._stop_at_nonfinite(f"the gradient's norm is {norm} although the loss is finite")
         model.zero_grad()
-        self.sums.forget_step()
+        self.figures.sums.forget_step()
         self.num_skipped_steps += 1
         return norm
 
@@ -251,25 +236,16 @@ class DistillTrainer(Trainer):
         if self.optimizer is not None:
             return self.optimizer
         trained = self.model if model is None else model
-        decayed = set(self.get_decay_parameter_names(trained))
-        student: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        adapters: list[nn.Parameter] = []
-        for name, parameter in trained.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            is_adapter = name.replace("_fsdp_wrapped_module.", "").startswith("adapters.")
-            (adapters if is_adapter else student[name in decayed]).append(parameter)
-        groups: list[dict[str, Any]] = [
-            {"params": student[True], "weight_decay": self.args.weight_decay},
-            {"params": student[False], "weight_decay": 0.0},
-        ]
-        if adapters:
-            rate = self.objective.config.dtw.projector_learning_rate
-            groups.append({"params": adapters, "weight_decay": 0.0, "lr": rate})
+        groups = parameter_groups(
+            trained,
+            set(self.get_decay_parameter_names(trained)),
+            weight_decay=self.args.weight_decay,
+            adapter_rate=self.objective.config.dtw.projector_learning_rate,
+        )
         optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, trained)
         self.optimizer = optimizer_class(groups, **arguments)
         if arguments.get("optim_bits") == 8:
-            _keep_embeddings_in_32_bits(trained)
+            keep_embeddings_in_32_bits(trained)
         return self.optimizer
 
     # ---- what is evaluated -----------------------------------------------------------------------------------
@@ -336,7 +312,7 @@ class DistillTrainer(Trainer):
         if "loss" not in logs:  # the summary at the end of training; the report makes a better one
             return
         row = {
-            **self._train_figures(),
+            **self.figures.take(Moment(self.state.global_step - 1, self.args.max_steps), self.accelerator),
             "learning_rate": logs["learning_rate"],
             "grad_norm": logs["grad_norm"],
         }
@@ -349,30 +325,6 @@ class DistillTrainer(Trainer):
         if self.is_world_process_zero():  # before any tracker, which may fail
             self.metrics.append({"kind": "train", "stage": self.stage, "step": self.state.global_step, **row})
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, row)
-
-    def _train_figures(self) -> dict[str, float]:
-        """Means over the steps since the last row, and the weights of the last of them."""
-        numbers, num_steps = self.sums.take_over_processes(self.accelerator)
-        if not numbers:  # every step since the last row was skipped
-            return {"loss": math.nan}
-        tokens, seconds = numbers.pop("tokens")[0], time.monotonic() - self._last_row_at
-        self._last_row_at = time.monotonic()
-        row = {
-            "loss": 0.0,
-            "tokens": tokens / num_steps,
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-        }
-        for name, number in numbers.items():
-            if len(number) == 2 and number[1] == 0:  # a mean over nothing
-                continue
-            row[name] = number[0] / (num_steps if len(number) == 1 else number[1])
-            row["loss"] += row[name] if name.startswith("weighted/") else 0.0
-        moment = Moment(self.state.global_step - 1, self.args.max_steps)
-        for term in self.objective.terms:
-            row[f"weight/{term.name}"] = term.weight(moment)
-        row["kd_temperature"] = self.objective.kd.temperature(moment)
-        return row
 
     # ---- what is saved ---------------------------------------------------------------------------------------
 
@@ -390,10 +342,10 @@ class DistillTrainer(Trainer):
     def settle_step(self) -> None:
         """Mark the end of an optimizer step: from here a checkpoint can be written, also after a later failure."""
         if self.accelerator.optimizer_step_was_skipped:  # the loss scaler met a gradient that is not finite
-            self.sums.forget_step()
+            self.figures.sums.forget_step()
             self.num_skipped_steps += 1
             self._check_loss_scale()
-        self.sums.complete_step()
+        self.figures.sums.complete_step()
         if self.rollout is not None:
             self.rollout.settle()
         with undisturbed_rng():
@@ -418,7 +370,7 @@ class DistillTrainer(Trainer):
         folder, step = Path(self.args.output_dir), self.state.global_step
         if publish and checkpoint.is_whole(folder / f"{checkpoint.PREFIX}{step}"):
             return
-        state = {"sums": self.sums.state(self.accelerator), "num_skipped_steps": self.num_skipped_steps}
+        state = {"sums": self.figures.sums.state(self.accelerator), "num_skipped_steps": self.num_skipped_steps}
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         with (
             undisturbed_rng(),
@@ -453,7 +405,7 @@ class DistillTrainer(Trainer):
     def restore_state(self, folder: Path) -> None:
         """Go on with the sums of the next log row and with the rollout as a checkpoint left them."""
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        self.sums.restore(state["sums"], self.args.device, share=float(self.accelerator.is_main_process))
+        self.figures.sums.restore(state["sums"], self.args.device, share=float(self.accelerator.is_main_process))
         self.num_skipped_steps = state["num_skipped_steps"]
         if self.rollout is not None:
             self.rollout.restore(folder)
@@ -492,19 +444,9 @@ class DistillTrainer(Trainer):
         """A checkpoint of the last complete step, exact to the random state; only where no other process waits."""
         if self.accelerator.num_processes > 1:
             return
-        self.sums.forget_step()
+        self.figures.sums.forget_step()
         set_rng_state(settled_rng)
         try:
             self._save_checkpoint(self.model_wrapped)
         except RunFailed as error:
             logger.error("no emergency checkpoint: %s", error)
-
-
-def _keep_embeddings_in_32_bits(model: nn.Module) -> None:
-    """Embeddings see each row rarely, and 8-bit states of such rows are too coarse: bitsandbytes' own advice."""
-    import bitsandbytes
-
-    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            manager.register_module_override(module, "weight", {"optim_bits": 32})
