@@ -108,6 +108,13 @@ class StageFlow(TrainerCallback):
         if is_stopped:
             control.should_training_stop, control.should_evaluate = True, False
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """End the stage where evaluations bring nothing more; the checkpoint is where a resume finds that end."""
+        assert self.trainer is not None
+        stopping = self.trainer.early_stopping
+        if stopping is not None and stopping.is_exhausted and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True  # saved when the Trainer leaves its epoch
+
     def _is_save_due(self) -> bool:
         """Whether the clock asks for a checkpoint."""
         return self.save_every_seconds > 0 and time.monotonic() - self._saved_at >= self.save_every_seconds

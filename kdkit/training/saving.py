@@ -20,6 +20,8 @@ from kdkit.training import checkpoint
 from kdkit.training.model import DistillModel
 
 ADAPTERS_FILE = "adapters.safetensors"
+AVERAGE_FOLDER = "ema"
+"""Inside a checkpoint: student and adapters with the average of their weights."""
 
 
 class StageWriter:

@@ -5,16 +5,16 @@ DDP and FSDP, resuming. Each method below exists because the Trainer's own would
 docstring says how.
 """
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -29,12 +29,16 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
+from kdkit.config import EmaConfig
 from kdkit.data.batch import Batch, DistillCollator
-from kdkit.errors import RunFailed, UserError
+from kdkit.errors import RunFailed
 from kdkit.runtime import preserved_rng_state, rng_state, set_rng_state, undisturbed_rng
 from kdkit.teacher.sources import TeacherSource
 from kdkit.training import checkpoint
+from kdkit.training.averaging import WeightAverage
 from kdkit.training.controls import ChangeableStage
+from kdkit.training.early_stopping import EarlyStopping
+from kdkit.training.failures import out_of_memory, stop_at_nonfinite
 from kdkit.training.figures import TrainFigures
 from kdkit.training.metrics import MetricsFile
 from kdkit.training.model import DistillModel
@@ -42,12 +46,13 @@ from kdkit.training.objective import ITEMS, Item, Moment, count_items
 from kdkit.training.optimizer import keep_embeddings_in_32_bits, parameter_groups
 from kdkit.training.progress import say
 from kdkit.training.rollout import Rollout
-from kdkit.training.saving import StageWriter, read_student, write_student
+from kdkit.training.saving import AVERAGE_FOLDER, StageWriter, read_student, write_student
+from kdkit.training.sharding import check_sharding
+from kdkit.training.state import StageState
 from kdkit.training.validation import measure_objective, shared_batches
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "kdkit_state.json"
 Generate = Callable[[PreTrainedModel, int | None], Mapping[str, float]]
 
 
@@ -67,6 +72,8 @@ class DistillTrainer(Trainer):
         generate: answers validation rows with the student and measures them; called with the student and a limit of
             rows (None: all). None: no generation while training.
         rollout: puts the student's own text in place of gold rows; None: never.
+        ema: how the average of the weights moves that is evaluated and left; None: the weights themselves are.
+        early_stopping: ends the stage when evaluations bring nothing more; None: never.
         changeable: what a person may change between steps; None: nobody is there.
         on_nonfinite: what a NaN or infinite loss or gradient does, "stop" or "skip".
         keep: newest checkpoints that stay.
@@ -90,6 +97,8 @@ class DistillTrainer(Trainer):
         metrics: MetricsFile,
         generate: Generate | None = None,
         rollout: Rollout | None = None,
+        ema: EmaConfig | None = None,
+        early_stopping: EarlyStopping | None = None,
         changeable: ChangeableStage | None = None,
         on_nonfinite: str = "stop",
         keep: int = 2,
@@ -100,15 +109,16 @@ class DistillTrainer(Trainer):
         self.metrics = metrics
         self.generate = generate
         self.rollout = rollout
+        self.early_stopping = early_stopping
         self.changeable = changeable
         self.on_nonfinite = on_nonfinite
         self.keep = keep
         self.objective = model.objective
         self.figures = TrainFigures(model.objective)
-        self.num_skipped_steps = 0
         self.update_norm: float | None = None
         self._last_inputs: Batch | None = None
         self._settled_rng: dict | None = None
+        self._is_step_empty = False
         super().__init__(
             model=model,
             args=args,
@@ -122,19 +132,15 @@ class DistillTrainer(Trainer):
         self.writer = StageWriter(
             Path(args.output_dir), stage=stage, accelerator=self.accelerator, is_writing=args.should_save
         )
-        self._check_sharding()
-
-    def _check_sharding(self) -> None:
-        """Refuse the ways of FSDP in which no student would be saved, or adapters would lose their learning rate."""
-        if not self.is_fsdp_enabled:
-            return
-        if self.rollout is not None:
-            raise UserError("rollout needs the whole student in each process, and FSDP cuts it: use DDP, or mode off")
-        plugin = self.accelerator.state.fsdp_plugin
-        if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-            raise UserError("FSDP with sharded checkpoints saves no student: set fsdp_state_dict_type: FULL_STATE_DICT")
-        if plugin.fsdp_version == 1 and not plugin.use_orig_params:
-            raise UserError("FSDP merges adapters into the student's parameters: set fsdp_use_orig_params: true")
+        if self.is_fsdp_enabled:
+            check_sharding(
+                self.accelerator.state.fsdp_plugin,
+                has_rollout=rollout is not None,
+                has_average=ema is not None,
+                watches_rouge_l=early_stopping is not None and early_stopping.config.metric == "rouge_l",
+            )
+        self.average = None if ema is None else WeightAverage(self.model, ema)
+        self.remembered = StageState(self.figures.sums, rollout, self.average, early_stopping)
 
     # ---- what is counted -------------------------------------------------------------------------------------
 
@@ -147,6 +153,8 @@ class DistillTrainer(Trainer):
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], dict[Item, float]]:
         """The batches of the next accumulation window, the student's own text among them, counted after it came in."""
+        if self.control.should_training_stop:  # a stage that had ended early was resumed: there is nothing left to do
+            return [], {}
         if self.changeable is not None:
             if self.changeable.is_paused and self.state.global_step and self.accelerator.num_processes == 1:
                 self._save_checkpoint(self.model_wrapped)  # whoever pauses may not come back
@@ -212,22 +220,14 @@ class DistillTrainer(Trainer):
             self._stop_at_nonfinite(f"the gradient's norm is {norm} although the loss is finite")
         model.zero_grad()
         self.figures.sums.forget_step()
-        self.num_skipped_steps += 1
+        self.remembered.num_skipped_steps += 1
+        self._is_step_empty = True
         return norm
 
-    def _stop_at_nonfinite(self, what: str) -> None:
-        """Save the batch and end the run; weights, and so the last checkpoint, are those of the last good step."""
-        folder = Path(self.args.output_dir)
-        file = folder / f"nonfinite-batch-{self.state.global_step + 1}.safetensors"
-        tensors = {
-            name: value.contiguous() for name, value in (self._last_inputs or {}).items() if torch.is_tensor(value)
-        }
-        save_file(tensors, file)
-        raise RunFailed(
-            f"stage {self.stage}, step {self.state.global_step + 1}: {what}. The batch is saved as {file}. "
-            "Usual causes: a learning rate too high, fp16 overflow in the student or teacher (try "
-            "optim.precision=float32, teacher.dtype=float32), a temperature far from 1."
-        )
+    def _stop_at_nonfinite(self, what: str) -> NoReturn:
+        """Save the batch and end the run."""
+        step, folder = self.state.global_step + 1, Path(self.args.output_dir)
+        stop_at_nonfinite(what, stage=self.stage, step=step, batch=self._last_inputs, folder=folder)
 
     # ---- what is trained -------------------------------------------------------------------------------------
 
@@ -261,28 +261,46 @@ class DistillTrainer(Trainer):
         Returns:
             Figures under the names of metrics.jsonl, each with `eval_` before it.
         """
-        with preserved_rng_state():
+        with preserved_rng_state(), self._averaged():
             figures = self._measure_objective(limit)
             if self.generate is not None and not self.is_fsdp_enabled and self.is_world_process_zero():
                 figures |= self.generate(self.model.student, limit)
             self.accelerator.wait_for_everyone()
-        note = None
-        if self.rollout is not None and limit is None:
-            if self.accelerator.num_processes > 1:  # one process generated; all have to hold the same threshold
-                (figures,) = broadcast_object_list([figures])
-            moved, note = self.rollout.observe(figures)
-            figures |= moved
-        if limit is None and self.is_world_process_zero():
-            said = {} if note is None else {"note": note}
-            place = {"kind": "eval", "stage": self.stage, "step": self.state.global_step}
-            self.metrics.append({**place, **figures, **said})
-            if note is not None:
-                say(f"{self.stage} {self.state.global_step}: {note}")
+        if limit is None:
+            figures = self._take_up(figures)
         prefixed = {f"eval_{name}": value for name, value in figures.items()}
         if limit is None:
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, prefixed)
             self.control = self.callback_handler.on_log(self.args, self.state, self.control, dict(prefixed))
         return prefixed
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """The weights that are evaluated and left in place of those that are trained."""
+        return nullcontext() if self.average is None else self.average.in_place()
+
+    def _take_up(self, figures: dict[str, float]) -> dict[str, float]:
+        """Log an evaluation and let threshold, early stopping and the best student follow from it."""
+        if self.accelerator.num_processes > 1:  # one process generated; the same has to follow in all
+            (figures,) = broadcast_object_list([figures])
+        step, is_best, notes = self.state.global_step, False, []
+        if self.rollout is not None:
+            moved, note = self.rollout.observe(figures)
+            figures |= moved
+            notes.append(note)
+        if self.early_stopping is not None and step > 0:
+            is_best = self.early_stopping.observe(step, figures)
+            notes.append(self.early_stopping.say(is_last=step == self.args.max_steps))
+        if self.is_world_process_zero():
+            note = "; ".join(filter(None, notes))
+            place = {"kind": "eval", "stage": self.stage, "step": step}
+            self.metrics.append({**place, **figures, **({"note": note} if note else {})})
+            if note:
+                say(f"{self.stage} {step}: {note}")
+        if self.early_stopping is not None and is_best:
+            save = partial(self.save_model, _internal_call=True)
+            with undisturbed_rng(), self._averaged():
+                self.early_stopping.keep(self.writer, save, estimated_bytes=self._weight_bytes())
+        return figures
 
     def _measure_objective(self, limit: int | None) -> dict[str, float]:
         """Objective and cross-entropy over the evaluation rows at this step's weights and temperature."""
@@ -319,8 +337,8 @@ class DistillTrainer(Trainer):
         row["epoch"] = self.state.epoch or 0.0
         if self.update_norm is not None:
             row["update_norm"] = self.update_norm
-        if self.num_skipped_steps:
-            row["skipped_steps"] = float(self.num_skipped_steps)
+        if self.remembered.num_skipped_steps:
+            row["skipped_steps"] = float(self.remembered.num_skipped_steps)
         self.state.log_history.append({**row, "step": self.state.global_step})
         if self.is_world_process_zero():  # before any tracker, which may fail
             self.metrics.append({"kind": "train", "stage": self.stage, "step": self.state.global_step, **row})
@@ -343,8 +361,11 @@ class DistillTrainer(Trainer):
         """Mark the end of an optimizer step: from here a checkpoint can be written, also after a later failure."""
         if self.accelerator.optimizer_step_was_skipped:  # the loss scaler met a gradient that is not finite
             self.figures.sums.forget_step()
-            self.num_skipped_steps += 1
+            self.remembered.num_skipped_steps += 1
             self._check_loss_scale()
+        elif self.average is not None and not self._is_step_empty:
+            self.average.update()
+        self._is_step_empty = False
         self.figures.sums.complete_step()
         if self.rollout is not None:
             self.rollout.settle()
@@ -355,7 +376,9 @@ class DistillTrainer(Trainer):
         """Lowering the scale cures an overflow in a few steps; below 1 there is none left to cure."""
         scaler = self.accelerator.scaler
         if scaler is not None and self.on_nonfinite == "stop" and scaler.get_scale() < 1.0:
-            self._stop_at_nonfinite(f"no loss scale gives a finite gradient ({self.num_skipped_steps} steps skipped)")
+            self._stop_at_nonfinite(
+                f"no loss scale gives a finite gradient ({self.remembered.num_skipped_steps} steps skipped)"
+            )
 
     def check_saving(self) -> None:
         """Write a checkpoint and throw it away."""
@@ -370,23 +393,27 @@ class DistillTrainer(Trainer):
         folder, step = Path(self.args.output_dir), self.state.global_step
         if publish and checkpoint.is_whole(folder / f"{checkpoint.PREFIX}{step}"):
             return
-        state = {"sums": self.figures.sums.state(self.accelerator), "num_skipped_steps": self.num_skipped_steps}
-        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        remembered = self.remembered.collect(self.accelerator)
+        copies = 3 if self.average is None else 4  # AdamW keeps two
         with (
             undisturbed_rng(),
-            self.writer.staged(checkpoint.PREFIX, step, estimated_bytes=3 * weights) as staged,  # AdamW keeps two more
+            self.writer.staged(checkpoint.PREFIX, step, estimated_bytes=copies * self._weight_bytes()) as staged,
         ):
             super()._save_checkpoint(model, trial)
+            if self.average is not None:
+                with self._averaged():
+                    self.save_model(str(staged / AVERAGE_FOLDER), _internal_call=True)
             if self.args.should_save:
-                (staged / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
-                if self.rollout is not None:
-                    self.rollout.save(staged)
+                self.remembered.write(staged, remembered)
             if not publish:
                 self.writer.discard(staged)
                 return
             self.writer.publish(staged)
             if self.args.should_save:
                 checkpoint.rotate(folder, keep=self.keep)
+
+    def _weight_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The student as `from_pretrained` reads it, and what belongs to it."""
@@ -399,16 +426,15 @@ class DistillTrainer(Trainer):
         """Student and adapters back into place, every key accounted for."""
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            read_student(self.model, Path(resume_from_checkpoint))
+            return
+        if self.average is not None:
+            read_student(self.model, Path(resume_from_checkpoint) / AVERAGE_FOLDER)
+            self.average.take()
+        read_student(self.model, Path(resume_from_checkpoint))
 
     def restore_state(self, folder: Path) -> None:
-        """Go on with the sums of the next log row and with the rollout as a checkpoint left them."""
-        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        self.figures.sums.restore(state["sums"], self.args.device, share=float(self.accelerator.is_main_process))
-        self.num_skipped_steps = state["num_skipped_steps"]
-        if self.rollout is not None:
-            self.rollout.restore(folder)
+        """Go on with sums, rollout and evaluations as a checkpoint left them."""
+        self.remembered.restore(folder, self.accelerator, step=self.state.global_step)
         if self.changeable is not None:
             self.changeable.restore(self.state.global_step)
 
@@ -421,12 +447,7 @@ class DistillTrainer(Trainer):
             finished = True
             return output
         except torch.OutOfMemoryError as error:
-            raise RunFailed(
-                f"stage {self.stage}, step {self.state.global_step + 1}: the card's memory is used up ({error}). Lower "
-                "optim.batch_size (and raise optim.accumulation), data.max_length, objective.chunk_tokens or "
-                "rollout.batch_size (prompts that the student answers together), or set "
-                "student.gradient_checkpointing=true, and run again with another --output"
-            ) from error
+            raise out_of_memory(error, stage=self.stage, step=self.state.global_step + 1) from error
         finally:
             if not finished and self._settled_rng is not None:
                 self._save_emergency_checkpoint(self._settled_rng)
