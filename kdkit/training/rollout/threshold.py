@@ -134,9 +134,11 @@ class CollapseRule:
             What fell, or None; it is a collapse where `is_collapse` holds.
         """
         reason, best = self._fallen_pass_rate(texts), self.best_rouge_l
-        is_low = None not in (rouge_l, best) and rouge_l < best * (1.0 - self.config.max_rouge_drop_fraction)
-        if is_low and texts.num_trained:
-            reason = f"ROUGE-L fell from {best:.1f} to {rouge_l:.1f}"
+        is_low = False
+        if rouge_l is not None and best is not None:
+            is_low = rouge_l < best * (1.0 - self.config.max_rouge_drop_fraction)
+            if is_low and texts.num_trained:
+                reason = f"ROUGE-L fell from {best:.1f} to {rouge_l:.1f}"
         if reason is not None:
             self.num_falls += 1
         elif not is_low and (rouge_l is not None or texts.num_texts >= self.config.min_texts):
