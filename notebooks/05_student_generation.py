@@ -111,7 +111,7 @@ start = start_or_resume(start_config, RUN / "start", session=session)
 # - **unguarded**: a batch in `THRESHOLD` is the student's own text, whatever it is.
 # - **guarded**: the same, but a text has to end, must not repeat itself, and the teacher must not find
 #   it too unlikely; a text that is refused leaves its row's own answer in its place. Beside that a
-#   collapse rule takes the threshold back when the validation ROUGE-L falls.
+#   collapse rule takes the threshold back when two evaluations in a row find ROUGE-L fallen.
 
 # %%
 OFF = {"mode": "off"}

@@ -24,6 +24,8 @@ from rich.table import Table
 
 UNGUARDED = {"guard": None, "collapse": None}
 MOST = {"mode": "mixed", "threshold": 0.8}
+GUARDED = {**MOST, "collapse": {"patience": 1}}
+"""As measured: the rule acted at once."""
 START_STEPS = 150
 
 
@@ -45,10 +47,10 @@ VARIANTS = (
     Variant("adaptive from 0, no guard, label faults", {"mode": "adaptive", **UNGUARDED}, faults=True),
     Variant("mixed 0.8, no guard", {**MOST, **UNGUARDED}),
     Variant("mixed 0.8, no guard, label faults", {**MOST, **UNGUARDED}, faults=True),
-    Variant("mixed 0.8, guard and rule, label faults", MOST, faults=True),
+    Variant("mixed 0.8, guard and rule, label faults", GUARDED, faults=True),
     Variant(NONE_LM, {"mode": "off"}, learns_labels=True),
     Variant("mixed 0.8, no guard, label faults, lm 0.3", {**MOST, **UNGUARDED}, faults=True, learns_labels=True),
-    Variant("mixed 0.8, guard and rule, label faults, lm 0.3", MOST, faults=True, learns_labels=True),
+    Variant("mixed 0.8, guard and rule, label faults, lm 0.3", GUARDED, faults=True, learns_labels=True),
 )
 
 

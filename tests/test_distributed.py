@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from safetensors.torch import load_file
 from test_trainer import OBJECTIVES, assert_same_gradients, gradients_of, rows_of
 from tiny import ALL_TERMS, make_pair, tiny_config
 
+from kdkit.errors import UserError
 from kdkit.training.rollout import STATE_FILE, TEXTS_FILE, unpack_texts
+from kdkit.training.sharding import check_sharding
 
 TINY = Path(__file__).with_name("tiny.py")
 STEPS = {"max_steps": 2, "scheduler": "constant", "warmup_steps": 0}
@@ -34,9 +37,11 @@ def pair(tmp_path_factory):
     return make_pair(tmp_path_factory.mktemp("pair"))
 
 
-def launch(folder, config, *options):
+def launch(folder, config, *options, scripted_rouge_l=False):
     """Train with `accelerate launch` on two processes, over gloo where there is no GPU; returns the log rows."""
     folder.mkdir(parents=True)
+    if scripted_rouge_l:
+        (folder / "rouge_l.json").write_text("[30.0, 29.0, 28.0, 27.0]")
     (folder / "config.json").write_text(config.model_dump_json())
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", *options]
     command += ["--main_process_port", "0", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -81,6 +86,19 @@ class TestTwoProcesses:
         assert [(text.row, text.born_step) for text in texts] == [(text.row, text.born_step) for text in others]
         assert any(row.get("rollout/replayed_fraction") for row in rows)
 
+    def test_hold_the_same_average_and_stop_at_the_same_step(self, pair, tmp_path):
+        """Only the first process generates: what it finds has to end the others too, or they wait for it for ever."""
+        watch = ("evaluation.every_steps=1", "evaluation.early_stopping={patience: 2, min_delta: 100}", "optim.ema={}")
+        config = tiny_config(pair, *watch, batch_size=4, **STEPS | {"max_steps": 8})
+        rows = launch(tmp_path / "two", config, "--multi_gpu", scripted_rouge_l=True)
+        last = [row for row in rows if row["kind"] == "eval"][-1]
+        assert last["step"] == 3
+        assert "stopped early: 2 evaluations" in last["note"]
+        ours, theirs = (load_file(tmp_path / "two" / f"average-{rank}.safetensors") for rank in range(2))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+        (best,) = (tmp_path / "two" / "run").glob("best-*")
+        assert best.name == "best-1"
+
     def test_fsdp_with_the_students_text_is_refused(self, pair, tmp_path):
         config = tiny_config(
             pair, "rollout.mode=on_policy", "rollout.collapse=null", "rollout.max_new_tokens=4", batch_size=4, **STEPS
@@ -104,3 +122,23 @@ class TestTwoProcesses:
             assert weights.keys() == expected.keys()
             for key, weight in weights.items():
                 torch.testing.assert_close(weight, expected[key], rtol=1e-3, atol=1e-4)
+
+
+class TestCheckSharding:
+    plugin = SimpleNamespace(state_dict_type="StateDictType.FULL_STATE_DICT", fsdp_version=1, use_orig_params=True)
+    nothing = {"has_rollout": False, "has_average": False, "watches_rouge_l": False}  # noqa: RUF012
+
+    @pytest.mark.parametrize(
+        ("asked", "message"),
+        [
+            ("has_rollout", "use DDP, or mode off"),
+            ("has_average", r"optim\.ema averages the whole student .* use DDP, or ema=null"),
+            ("watches_rouge_l", r"use DDP, or early_stopping\.metric=cross_entropy"),
+        ],
+    )
+    def test_what_needs_the_whole_student_is_refused_by_name(self, asked, message):
+        with pytest.raises(UserError, match=message):
+            check_sharding(self.plugin, **self.nothing | {asked: True})
+
+    def test_the_rest_is_let_through(self):
+        check_sharding(self.plugin, **self.nothing)

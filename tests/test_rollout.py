@@ -166,6 +166,33 @@ class TestCollapseRule:
         assert rule.observe(6.0, TextCounts(100, 100), threshold=0.8) == "ROUGE-L fell from 22.0 to 6.0"
         assert rule.take_back(0.8, 6.0) == 0.0
 
+    def test_a_fall_is_a_collapse_only_when_the_next_evaluation_finds_it_too(self):
+        """In modes mixed and on_policy one false alarm was final: the threshold stayed at 0 for the rest of a run."""
+        rule, trained = self.rule(), TextCounts(100, 100)
+        found = []
+        for rouge in (22.0, 6.0, 22.0, 6.0, 6.0):
+            rule.observe(rouge, trained, threshold=0.5)
+            found.append(rule.is_collapse)
+        assert found == [False, False, False, False, True]
+        rule.take_back(0.5, 6.0)
+        assert not rule.is_collapse
+
+    def test_patience_1_takes_the_first_fall_for_one(self):
+        rule = self.rule(patience=1)
+        rule.observe(22.0, TextCounts(100, 100), threshold=0.5)
+        rule.observe(6.0, TextCounts(100, 100), threshold=0.5)
+        assert rule.is_collapse
+
+    def test_an_evaluation_that_can_say_nothing_ends_no_row(self):
+        rule, refused = self.rule(), TextCounts(100, 10, Counter(repeats=90))
+        rule.observe(22.0, TextCounts(100, 100), threshold=0.5)
+        rule.observe(6.0, refused, threshold=0.5)
+        rule.observe(None, TextCounts(31, 31), threshold=0.5)  # a handful of texts
+        rule.observe(6.0, TextCounts(), threshold=0.5)  # low, and none of it the texts' doing
+        assert not rule.is_collapse
+        rule.observe(None, refused, threshold=0.5)
+        assert rule.is_collapse
+
     def test_a_fall_is_not_blamed_on_texts_that_nobody_trained_on(self):
         rule = self.rule()
         rule.observe(22.0, TextCounts(), threshold=0.2)

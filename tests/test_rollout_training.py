@@ -189,17 +189,45 @@ class TestGuardInTraining:
         assert [row["rollout/fresh_fraction"] for row in log_of(trainer)] == [0.0, 0.0, 1.0, 1.0]
 
     def test_a_collapse_takes_the_threshold_back_and_empties_the_buffer(self, pair, tmp_path):
-        config = mixed_config(pair, "rollout.threshold=0.9", "rollout.collapse={}", max_steps=6)
+        config = mixed_config(pair, "rollout.threshold=0.9", "rollout.collapse={}", max_steps=8)
         trainer = build_trainer(config, tmp_path)
-        reached = iter([0.0, 29.0, 30.0, 12.0, 30.0])  # the dry run, before step 1, then after 2, 4 and 6 steps
+        # the dry run, before step 1, then after 2, 4, 6 and 8 steps
+        reached = iter([0.0, 29.0, 30.0, 12.0, 11.0, 30.0])
         trainer.generate = lambda student, limit: {"rouge_l": next(reached)}
         trainer.train()
         evaluations = log_of(trainer, "eval")
-        assert [row["rollout/threshold"] for row in evaluations] == [0.9, 0.9, 0.45, 0.45]
-        assert evaluations[2]["note"] == "ROUGE-L fell from 30.0 to 12.0: threshold 0.9 -> 0.45; replay buffer emptied"
-        assert [row["rollout/taken_back"] for row in evaluations] == [0.0, 0.0, 1.0, 0.0]
+        assert [row["rollout/threshold"] for row in evaluations] == [0.9, 0.9, 0.9, 0.45, 0.45]
+        assert [row.get("note") for row in evaluations] == [
+            None,
+            None,
+            "ROUGE-L fell from 30.0 to 12.0: seen at 1 evaluation, at 2 in a row the threshold goes back",
+            "ROUGE-L fell from 30.0 to 11.0: threshold 0.9 -> 0.45; replay buffer emptied",
+            None,
+        ]
+        assert [row["rollout/taken_back"] for row in evaluations] == [0.0, 0.0, 0.0, 1.0, 0.0]
         assert log_of(trainer)[-1]["rollout/threshold"] == 0.45
         assert len(trainer.rollout.buffer) <= 16
+
+    def test_a_single_dip_is_noted_and_takes_nothing_back(self, pair, tmp_path):
+        config = mixed_config(pair, "rollout.collapse={}", mode="on_policy", max_steps=6)
+        trainer = build_trainer(config, tmp_path)
+        reached = iter([0.0, 30.0, 12.0, 30.0, 12.0])
+        trainer.generate = lambda student, limit: {"rouge_l": next(reached)}
+        trainer.train()
+        assert [row["rollout/threshold"] for row in log_of(trainer, "eval")] == [1.0] * 4
+        assert [row["rollout/fresh_fraction"] for row in log_of(trainer)] == [1.0] * 6
+
+    def test_while_a_fall_is_watched_an_adaptive_threshold_does_not_rise(self, pair, tmp_path):
+        rises = ("rollout.threshold=0.5", "rollout.loss_epsilon=0", "rollout.reference=best", "rollout.collapse={}")
+        trainer = build_trainer(mixed_config(pair, *rises, mode="adaptive"), tmp_path)
+        trainer.rollout.tally.num_trained = 100
+        trainer.rollout.observe({"cross_entropy": 2.0, "rouge_l": 30.0})
+        trainer.rollout.tally.num_trained = 100
+        moved, note = trainer.rollout.observe({"cross_entropy": 3.0, "rouge_l": 12.0})
+        assert moved["rollout/threshold"] == 0.5
+        assert "seen at 1 evaluation" in note
+        moved, _ = trainer.rollout.observe({"cross_entropy": 3.0, "rouge_l": 30.0})
+        assert moved["rollout/threshold"] == 0.6
 
 
 STAGES = (

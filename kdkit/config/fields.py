@@ -86,6 +86,18 @@ class DataConfig(Part):
         return self
 
 
+class EmaConfig(Part):
+    """Exponential moving average of student and adapters: the raw weights train and write rollouts, the average is
+    evaluated, left by the stage and where the next stage starts. It is a float32 copy of all trained weights on their
+    device (SmolLM-135M: 0.5 GiB), and evaluating it takes a second one for as long as that lasts, when there are no
+    gradients. Not under FSDP."""
+
+    decay: float = Field(default=0.999, gt=0, lt=1)
+    """Share of the average that stays at each optimizer step; 0.999 averages over about the last 1,000."""
+    warmup: bool = True
+    """Lower it to (1 + n) / (10 + n) after n updates, so that a short run does not hang on its start (TensorFlow)."""
+
+
 class OptimConfig(Part):
     """Optimizer, learning rate and batch."""
 
@@ -113,6 +125,20 @@ class OptimConfig(Part):
     """Passes over the training rows."""
     precision: DtypeName = "auto"
     """Autocast of the student; auto: float32 on CPU, else bfloat16 where the card has it, else float16."""
+    ema: EmaConfig | None = None
+    """Average of the weights, evaluated and left in place of the last ones; None: off. {} takes the defaults."""
+
+
+class EarlyStoppingConfig(Part):
+    """Ends a stage that no longer gets better, and lets it leave the student of its best evaluation, which it keeps as
+    `best-<step>` beside its checkpoints. The total loss is no metric: its weights change along a stage."""
+
+    metric: Literal["rouge_l", "cross_entropy"] = "rouge_l"
+    """Validation figure to watch: ROUGE-L of the generated rows, to rise, or cross-entropy in nats, to fall."""
+    patience: Count = 3
+    """Evaluations in a row without a better figure after which the stage ends."""
+    min_delta: float = Field(default=0.0, ge=0)
+    """How much better a figure has to be to be worth waiting on, in points of ROUGE-L or in nats."""
 
 
 class EvaluationConfig(Part):
@@ -138,6 +164,24 @@ class EvaluationConfig(Part):
     """Measure the student as it was before the run too, unless it started from random weights."""
     resamples: Count = 1000
     """Bootstrap resamples of the 95 % intervals."""
+    early_stopping: EarlyStoppingConfig | None = None
+    """When a stage ends before its last step; None: never, and it leaves its last student. {} takes the defaults."""
+
+    @model_validator(mode="after")
+    def _early_stopping_has_what_it_watches(self) -> "EvaluationConfig":
+        if self.early_stopping is None:
+            return self
+        if self.every_steps == 0:
+            raise ValueError(
+                "early_stopping looks at evaluations while training, and every_steps=0 makes one at the end alone: set "
+                "every_steps above 0, or early_stopping=null"
+            )
+        if self.early_stopping.metric == "rouge_l" and self.generate_rows == 0:
+            raise ValueError(
+                "early_stopping waits for a ROUGE-L, and generate_rows=0 lets the student answer no rows: set "
+                "generate_rows above 0, or early_stopping.metric=cross_entropy"
+            )
+        return self
 
 
 class CheckpointConfig(Part):

@@ -36,6 +36,9 @@ class CollapseConfig(Part):
     """Texts since the last evaluation that the guard has to let through."""
     min_texts: Count = 32
     """Texts below which their pass rate says nothing."""
+    patience: Count = 2
+    """Evaluations in a row that have to find a fall. Until then it is noted and an adaptive threshold does not rise,
+    since in modes mixed and on_policy a threshold that was taken back stays there; 1 acts at once."""
 
 
 class GateConfig(Part):

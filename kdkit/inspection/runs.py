@@ -26,7 +26,7 @@ from kdkit.runtime import preflight, preserved_rng_state, seed_everything
 from kdkit.training.folder import CONFIG_FILE, RunFolder
 from kdkit.training.objective import PROJECTOR, build_projector
 from kdkit.training.run import STAGE_SEED_STRIDE
-from kdkit.training.trainer import ADAPTERS_FILE
+from kdkit.training.saving import ADAPTERS_FILE
 
 StudentName = Literal["before", "student"]
 

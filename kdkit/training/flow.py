@@ -108,6 +108,13 @@ class StageFlow(TrainerCallback):
         if is_stopped:
             control.should_training_stop, control.should_evaluate = True, False
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """End the stage where evaluations bring nothing more; the checkpoint is where a resume finds that end."""
+        assert self.trainer is not None
+        stopping = self.trainer.early_stopping
+        if stopping is not None and stopping.is_exhausted and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True  # saved when the Trainer leaves its epoch
+
     def _is_save_due(self) -> bool:
         """Whether the clock asks for a checkpoint."""
         return self.save_every_seconds > 0 and time.monotonic() - self._saved_at >= self.save_every_seconds
@@ -135,21 +142,23 @@ class ConsoleProgress(TrainerCallback):
     Args:
         stage: shown before the bar.
         seconds_between_lines: least time between two plain lines.
+        most_lines: plain lines of a whole stage at most, and one for its end; a long stage has them further apart.
     """
 
-    def __init__(self, stage: str, *, seconds_between_lines: float = 10.0) -> None:
+    def __init__(self, stage: str, *, seconds_between_lines: float = 10.0, most_lines: int = 500) -> None:
         self.stage = stage
         self.seconds_between_lines = seconds_between_lines
+        self.most_lines = most_lines
         self._bar: tqdm | None = None
         self._started = self._last_line = 0.0
-        self._first_step = 0
+        self._first_step = self._last_line_step = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the bar at the step that training continues from."""
         self._started = self._last_line = time.monotonic()
-        self._first_step = state.global_step
+        self._first_step = self._last_line_step = state.global_step
         if state.is_world_process_zero and sys.stderr.isatty():
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage, unit="step")
 
@@ -174,10 +183,11 @@ class ConsoleProgress(TrainerCallback):
             self._bar.set_postfix({"loss": f"{logs['loss']:.4g}", **parts})
             return
         now = time.monotonic()
-        is_last = state.global_step == state.max_steps
-        if now - self._last_line < self.seconds_between_lines and not is_last:
+        is_early = now - self._last_line < self.seconds_between_lines
+        is_near = (state.global_step - self._last_line_step) * self.most_lines < state.max_steps
+        if (is_early or is_near) and state.global_step < state.max_steps:
             return
-        self._last_line = now
+        self._last_line, self._last_line_step = now, state.global_step
         done = max(state.global_step - self._first_step, 1)
         left = (state.max_steps - state.global_step) * (now - self._started) / done
         figures = "  ".join(f"{name} {value}" for name, value in parts.items())

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from kdkit.config import DistillConfig
+from kdkit.config import DistillConfig, EarlyStoppingConfig, EvaluationConfig
 from kdkit.data.batch import DistillCollator
 from kdkit.errors import UserError
 from kdkit.losses import VocabularyMatch
@@ -20,19 +20,24 @@ from kdkit.teacher.sources import LiveTeacher, TeacherSource
 from kdkit.training import checkpoint, rollout
 from kdkit.training.arguments import num_warmup_steps, training_arguments
 from kdkit.training.controls import ChangeableStage, Controls, needs_controls
+from kdkit.training.early_stopping import FIGURE_FILE, EarlyStopping
 from kdkit.training.flow import ConsoleProgress, StageFlow
 from kdkit.training.metrics import MetricsFile
 from kdkit.training.model import DistillModel
 from kdkit.training.objective import Objective
 from kdkit.training.progress import say
+from kdkit.training.saving import ADAPTERS_FILE, AVERAGE_FOLDER
+from kdkit.training.state import STATE_FILE
 from kdkit.training.stopping import StopRequest
-from kdkit.training.trainer import ADAPTERS_FILE, STATE_FILE, DistillTrainer, Generate
+from kdkit.training.trainer import DistillTrainer, Generate
 
 OF_TRAINING = (
     checkpoint.SEAL,
     STATE_FILE,
     rollout.STATE_FILE,
     rollout.TEXTS_FILE,
+    FIGURE_FILE,
+    AVERAGE_FOLDER,
     "trainer_state.json",
     "*.pt",
     "*.pth",
@@ -170,6 +175,10 @@ def describe_stage(config: DistillConfig, inputs: StageInputs, num_steps: int, r
     ]
     if config.rollout.is_on:
         lines.append(_describe_rollout(config))
+    if config.optim.ema is not None:
+        lines.append(f"  evaluated and left: the average of the weights, decay {config.optim.ema.decay:g}")
+    if config.evaluation.early_stopping is not None:
+        lines.append(_describe_early_stopping(config.evaluation, config.evaluation.early_stopping, num_steps))
     if resumed_from is not None:
         lines.append(f"  resumed from {resumed_from.name}")
     return "\n".join(lines)
@@ -185,6 +194,15 @@ def _describe_rollout(config: DistillConfig) -> str:
         f"{moves if settings.mode == 'adaptive' else ''}, at most {settings.max_new_tokens} tokens; "
         + ", ".join(f"{name} {'off' if part is None else 'on'}" for name, part in guards.items())
     )
+
+
+def _describe_early_stopping(evaluation: EvaluationConfig, stopping: EarlyStoppingConfig, num_steps: int) -> str:
+    """What ends the stage early, and whether the stage is long enough for it."""
+    num_evaluations = math.ceil(num_steps / evaluation.every_steps)
+    line = f"  early stopping: after {stopping.patience} evaluations without a better {stopping.metric}"
+    if stopping.patience >= num_evaluations:
+        line += f", which {num_evaluations} evaluations cannot show: the stage runs to its end and leaves its best"
+    return line
 
 
 def _count_steps_here(config: DistillConfig, inputs: StageInputs) -> int:
@@ -216,7 +234,7 @@ def _build_trainer(
     """The trainer of a stage, with the student's own text and a person's hand where there are such."""
     (name,) = config.stages
     model, own_text = _build_model(config, inputs), _build_rollout(config, inputs, num_steps)
-    changeable = None
+    stopping, changeable = config.evaluation.early_stopping, None
     if controls is not None:
         changeable = ChangeableStage(
             controls,
@@ -239,6 +257,8 @@ def _build_trainer(
         metrics=metrics,
         generate=inputs.generate,
         rollout=own_text,
+        ema=config.optim.ema,
+        early_stopping=None if stopping is None else EarlyStopping(stopping, folder),
         changeable=changeable,
         on_nonfinite=config.objective.on_nonfinite,
         keep=config.checkpoint.keep,
@@ -308,13 +328,21 @@ def _check_positions(config: DistillConfig, student: PreTrainedModel) -> None:
 
 def _leave_model(trainer: DistillTrainer, folder: Path) -> None:
     """Publish the stage's student as `folder/model`; only then is the stage done."""
-    newest = checkpoint.newest_checkpoint(folder)
-    assert newest is not None
+    source = _student_to_leave(trainer, folder)
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
         staged = folder / checkpoint.STAGING
         checkpoint.clear_staging(folder)
         staged.mkdir()
-        shutil.copytree(newest, staged, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*OF_TRAINING))
+        shutil.copytree(source, staged, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*OF_TRAINING))
         checkpoint.publish(staged, folder / "model")
     trainer.accelerator.wait_for_everyone()
+
+
+def _student_to_leave(trainer: DistillTrainer, folder: Path) -> Path:
+    """The best evaluated student where such are kept, else the last one, as the average where there is one."""
+    if trainer.early_stopping is not None and trainer.early_stopping.best is not None:
+        return trainer.early_stopping.best.folder
+    newest = checkpoint.newest_checkpoint(folder)
+    assert newest is not None
+    return newest if trainer.average is None else newest / AVERAGE_FOLDER

@@ -5,19 +5,16 @@ DDP and FSDP, resuming. Each method below exists because the Trainer's own would
 docstring says how.
 """
 
-import json
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -32,23 +29,30 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
-from kdkit.data.batch import Batch, DistillCollator, batch_tensors
-from kdkit.errors import RunFailed, UserError
+from kdkit.config import EmaConfig
+from kdkit.data.batch import Batch, DistillCollator
+from kdkit.errors import RunFailed
 from kdkit.runtime import preserved_rng_state, rng_state, set_rng_state, undisturbed_rng
 from kdkit.teacher.sources import TeacherSource
 from kdkit.training import checkpoint
+from kdkit.training.averaging import WeightAverage
 from kdkit.training.controls import ChangeableStage
-from kdkit.training.metrics import MetricsFile, RunningSums
+from kdkit.training.early_stopping import EarlyStopping
+from kdkit.training.failures import out_of_memory, stop_at_nonfinite
+from kdkit.training.figures import TrainFigures
+from kdkit.training.metrics import MetricsFile
 from kdkit.training.model import DistillModel
 from kdkit.training.objective import ITEMS, Item, Moment, count_items
+from kdkit.training.optimizer import keep_embeddings_in_32_bits, parameter_groups
 from kdkit.training.progress import say
 from kdkit.training.rollout import Rollout
+from kdkit.training.saving import AVERAGE_FOLDER, StageWriter, read_student, write_student
+from kdkit.training.sharding import check_sharding
+from kdkit.training.state import StageState
 from kdkit.training.validation import measure_objective, shared_batches
 
 logger = logging.getLogger(__name__)
 
-ADAPTERS_FILE = "adapters.safetensors"
-STATE_FILE = "kdkit_state.json"
 Generate = Callable[[PreTrainedModel, int | None], Mapping[str, float]]
 
 
@@ -68,6 +72,8 @@ class DistillTrainer(Trainer):
         generate: answers validation rows with the student and measures them; called with the student and a limit of
             rows (None: all). None: no generation while training.
         rollout: puts the student's own text in place of gold rows; None: never.
+        ema: how the average of the weights moves that is evaluated and left; None: the weights themselves are.
+        early_stopping: ends the stage when evaluations bring nothing more; None: never.
         changeable: what a person may change between steps; None: nobody is there.
         on_nonfinite: what a NaN or infinite loss or gradient does, "stop" or "skip".
         keep: newest checkpoints that stay.
@@ -91,6 +97,8 @@ class DistillTrainer(Trainer):
         metrics: MetricsFile,
         generate: Generate | None = None,
         rollout: Rollout | None = None,
+        ema: EmaConfig | None = None,
+        early_stopping: EarlyStopping | None = None,
         changeable: ChangeableStage | None = None,
         on_nonfinite: str = "stop",
         keep: int = 2,
@@ -101,19 +109,16 @@ class DistillTrainer(Trainer):
         self.metrics = metrics
         self.generate = generate
         self.rollout = rollout
+        self.early_stopping = early_stopping
         self.changeable = changeable
         self.on_nonfinite = on_nonfinite
         self.keep = keep
-        self.sums = RunningSums()
         self.objective = model.objective
-        self.num_skipped_steps = 0
+        self.figures = TrainFigures(model.objective)
         self.update_norm: float | None = None
         self._last_inputs: Batch | None = None
         self._settled_rng: dict | None = None
-        self._last_row_at = time.monotonic()
-        self._state_of_sums: dict[str, object] = {}
-        self._staging = False
-        self._checkpoint_bytes = 0
+        self._is_step_empty = False
         super().__init__(
             model=model,
             args=args,
@@ -124,19 +129,18 @@ class DistillTrainer(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
-        self._check_sharding()
-
-    def _check_sharding(self) -> None:
-        """Refuse the ways of FSDP in which no student would be saved, or adapters would lose their learning rate."""
-        if not self.is_fsdp_enabled:
-            return
-        if self.rollout is not None:
-            raise UserError("rollout needs the whole student in each process, and FSDP cuts it: use DDP, or mode off")
-        plugin = self.accelerator.state.fsdp_plugin
-        if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-            raise UserError("FSDP with sharded checkpoints saves no student: set fsdp_state_dict_type: FULL_STATE_DICT")
-        if plugin.fsdp_version == 1 and not plugin.use_orig_params:
-            raise UserError("FSDP merges adapters into the student's parameters: set fsdp_use_orig_params: true")
+        self.writer = StageWriter(
+            Path(args.output_dir), stage=stage, accelerator=self.accelerator, is_writing=args.should_save
+        )
+        if self.is_fsdp_enabled:
+            check_sharding(
+                self.accelerator.state.fsdp_plugin,
+                has_rollout=rollout is not None,
+                has_average=ema is not None,
+                watches_rouge_l=early_stopping is not None and early_stopping.config.metric == "rouge_l",
+            )
+        self.average = None if ema is None else WeightAverage(self.model, ema)
+        self.remembered = StageState(self.figures.sums, rollout, self.average, early_stopping)
 
     # ---- what is counted -------------------------------------------------------------------------------------
 
@@ -149,10 +153,12 @@ class DistillTrainer(Trainer):
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], dict[Item, float]]:
         """The batches of the next accumulation window, the student's own text among them, counted after it came in."""
+        if self.control.should_training_stop:  # a stage that had ended early was resumed: there is nothing left to do
+            return [], {}
         if self.changeable is not None:
             if self.changeable.is_paused and self.state.global_step and self.accelerator.num_processes == 1:
                 self._save_checkpoint(self.model_wrapped)  # whoever pauses may not come back
-            self._last_row_at += self.changeable.take_up(self.state.global_step, accelerator=self.accelerator)
+            self.figures.leave_out(self.changeable.take_up(self.state.global_step, accelerator=self.accelerator))
         batches, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.rollout is None or not batches:
             return batches, counts
@@ -164,7 +170,7 @@ class DistillTrainer(Trainer):
             autocast=self.accelerator.autocast,
         )
         for name, figure in figures.items():
-            self.sums.add(name, torch.tensor(figure, dtype=torch.float64, device=device))
+            self.figures.sums.add(name, torch.tensor(figure, dtype=torch.float64, device=device))
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> dict[Item, float]:
@@ -187,7 +193,8 @@ class DistillTrainer(Trainer):
         moment = Moment(self.state.global_step, self.args.max_steps, num_items_in_batch)
         outputs = model(inputs, signal=self._signal(inputs, moment), moment=moment)
         self._last_inputs = inputs
-        self._record(outputs, moment, num_tokens=inputs["positions"].numel())
+        step_share = 1.0 / (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
+        self.figures.record(outputs, moment, num_tokens=inputs["positions"].numel(), step_share=step_share)
         loss = outputs["loss"]
         if self.on_nonfinite == "stop" and not torch.isfinite(loss):
             culprits = [name for name, value in outputs["sums"].items() if not torch.isfinite(value)]
@@ -202,22 +209,6 @@ class DistillTrainer(Trainer):
         assert self.teacher is not None
         return self.teacher(inputs, self.objective.views_at(moment))
 
-    def _record(self, outputs: Mapping[str, Any], moment: Moment, *, num_tokens: int) -> None:
-        """Add a micro-batch's parts to the sums of the next log row."""
-        # A part is a mean over the steps in which its term was on.
-        step_share = 1.0 / (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
-        for term in self.objective.terms:
-            if term.name not in outputs["sums"]:
-                continue
-            value = outputs["sums"][term.name]
-            mean = (value / max(moment.counts[term.counts], 1.0)).double()
-            share = step_share if moment.counts[term.counts] else 0.0  # a window without items says nothing
-            self.sums.add(f"part/{term.name}", torch.stack([mean, torch.full_like(mean, share)]))
-            self.sums.add(f"weighted/{term.name}", value * self.objective.coefficient(term, moment))
-        for name, pair in outputs["statistics"].items():
-            self.sums.add(name, pair)
-        self.sums.add("tokens", torch.tensor(float(num_tokens)))
-
     # ---- what is not finite ----------------------------------------------------------------------------------
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> float:
@@ -228,21 +219,15 @@ class DistillTrainer(Trainer):
         if self.on_nonfinite == "stop":
             self._stop_at_nonfinite(f"the gradient's norm is {norm} although the loss is finite")
         model.zero_grad()
-        self.sums.forget_step()
-        self.num_skipped_steps += 1
+        self.figures.sums.forget_step()
+        self.remembered.num_skipped_steps += 1
+        self._is_step_empty = True
         return norm
 
-    def _stop_at_nonfinite(self, what: str) -> None:
-        """Save the batch and end the run; weights, and so the last checkpoint, are those of the last good step."""
-        folder = Path(self.args.output_dir)
-        file = folder / f"nonfinite-batch-{self.state.global_step + 1}.safetensors"
-        tensors = batch_tensors(self._last_inputs) if self._last_inputs else {}
-        save_file(tensors, file)
-        raise RunFailed(
-            f"stage {self.stage}, step {self.state.global_step + 1}: {what}. The batch is saved as {file}. "
-            "Usual causes: a learning rate too high, fp16 overflow in the student or teacher (try "
-            "optim.precision=float32, teacher.dtype=float32), a temperature far from 1."
-        )
+    def _stop_at_nonfinite(self, what: str) -> NoReturn:
+        """Save the batch and end the run."""
+        step, folder = self.state.global_step + 1, Path(self.args.output_dir)
+        stop_at_nonfinite(what, stage=self.stage, step=step, batch=self._last_inputs, folder=folder)
 
     # ---- what is trained -------------------------------------------------------------------------------------
 
@@ -251,25 +236,16 @@ class DistillTrainer(Trainer):
         if self.optimizer is not None:
             return self.optimizer
         trained = self.model if model is None else model
-        decayed = set(self.get_decay_parameter_names(trained))
-        student: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        adapters: list[nn.Parameter] = []
-        for name, parameter in trained.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            is_adapter = name.replace("_fsdp_wrapped_module.", "").startswith("adapters.")
-            (adapters if is_adapter else student[name in decayed]).append(parameter)
-        groups: list[dict[str, Any]] = [
-            {"params": student[True], "weight_decay": self.args.weight_decay},
-            {"params": student[False], "weight_decay": 0.0},
-        ]
-        if adapters:
-            rate = self.objective.config.adapter_learning_rate
-            groups.append({"params": adapters, "weight_decay": 0.0, "lr": rate})
+        groups = parameter_groups(
+            trained,
+            set(self.get_decay_parameter_names(trained)),
+            weight_decay=self.args.weight_decay,
+            adapter_rate=self.objective.config.adapter_learning_rate,
+        )
         optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, trained)
         self.optimizer = optimizer_class(groups, **arguments)
         if arguments.get("optim_bits") == 8:
-            _keep_embeddings_in_32_bits(trained)
+            keep_embeddings_in_32_bits(trained)
         return self.optimizer
 
     # ---- what is evaluated -----------------------------------------------------------------------------------
@@ -285,28 +261,46 @@ class DistillTrainer(Trainer):
         Returns:
             Figures under the names of metrics.jsonl, each with `eval_` before it.
         """
-        with preserved_rng_state():
+        with preserved_rng_state(), self._averaged():
             figures = self._measure_objective(limit)
             if self.generate is not None and not self.is_fsdp_enabled and self.is_world_process_zero():
                 figures |= self.generate(self.model.student, limit)
             self.accelerator.wait_for_everyone()
-        note = None
-        if self.rollout is not None and limit is None:
-            if self.accelerator.num_processes > 1:  # one process generated; all have to hold the same threshold
-                (figures,) = broadcast_object_list([figures])
-            moved, note = self.rollout.observe(figures)
-            figures |= moved
-        if limit is None and self.is_world_process_zero():
-            said = {} if note is None else {"note": note}
-            place = {"kind": "eval", "stage": self.stage, "step": self.state.global_step}
-            self.metrics.append({**place, **figures, **said})
-            if note is not None:
-                say(f"{self.stage} {self.state.global_step}: {note}")
+        if limit is None:
+            figures = self._take_up(figures)
         prefixed = {f"eval_{name}": value for name, value in figures.items()}
         if limit is None:
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, prefixed)
             self.control = self.callback_handler.on_log(self.args, self.state, self.control, dict(prefixed))
         return prefixed
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """The weights that are evaluated and left in place of those that are trained."""
+        return nullcontext() if self.average is None else self.average.in_place()
+
+    def _take_up(self, figures: dict[str, float]) -> dict[str, float]:
+        """Log an evaluation and let threshold, early stopping and the best student follow from it."""
+        if self.accelerator.num_processes > 1:  # one process generated; the same has to follow in all
+            (figures,) = broadcast_object_list([figures])
+        step, is_best, notes = self.state.global_step, False, []
+        if self.rollout is not None:
+            moved, note = self.rollout.observe(figures)
+            figures |= moved
+            notes.append(note)
+        if self.early_stopping is not None and step > 0:
+            is_best = self.early_stopping.observe(step, figures)
+            notes.append(self.early_stopping.say(is_last=step == self.args.max_steps))
+        if self.is_world_process_zero():
+            note = "; ".join(filter(None, notes))
+            place = {"kind": "eval", "stage": self.stage, "step": step}
+            self.metrics.append({**place, **figures, **({"note": note} if note else {})})
+            if note:
+                say(f"{self.stage} {step}: {note}")
+        if self.early_stopping is not None and is_best:
+            save = partial(self.save_model, _internal_call=True)
+            with undisturbed_rng(), self._averaged():
+                self.early_stopping.keep(self.writer, save, estimated_bytes=self._weight_bytes())
+        return figures
 
     def _measure_objective(self, limit: int | None) -> dict[str, float]:
         """Objective and cross-entropy over the evaluation rows at this step's weights and temperature."""
@@ -336,43 +330,19 @@ class DistillTrainer(Trainer):
         if "loss" not in logs:  # the summary at the end of training; the report makes a better one
             return
         row = {
-            **self._train_figures(),
+            **self.figures.take(Moment(self.state.global_step - 1, self.args.max_steps), self.accelerator),
             "learning_rate": logs["learning_rate"],
             "grad_norm": logs["grad_norm"],
         }
         row["epoch"] = self.state.epoch or 0.0
         if self.update_norm is not None:
             row["update_norm"] = self.update_norm
-        if self.num_skipped_steps:
-            row["skipped_steps"] = float(self.num_skipped_steps)
+        if self.remembered.num_skipped_steps:
+            row["skipped_steps"] = float(self.remembered.num_skipped_steps)
         self.state.log_history.append({**row, "step": self.state.global_step})
         if self.is_world_process_zero():  # before any tracker, which may fail
             self.metrics.append({"kind": "train", "stage": self.stage, "step": self.state.global_step, **row})
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, row)
-
-    def _train_figures(self) -> dict[str, float]:
-        """Means over the steps since the last row, and the weights of the last of them."""
-        numbers, num_steps = self.sums.take_over_processes(self.accelerator)
-        if not numbers:  # every step since the last row was skipped
-            return {"loss": math.nan}
-        tokens, seconds = numbers.pop("tokens")[0], time.monotonic() - self._last_row_at
-        self._last_row_at = time.monotonic()
-        row = {
-            "loss": 0.0,
-            "tokens": tokens / num_steps,
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-        }
-        for name, number in numbers.items():
-            if len(number) == 2 and number[1] == 0:  # a mean over nothing
-                continue
-            row[name] = number[0] / (num_steps if len(number) == 1 else number[1])
-            row["loss"] += row[name] if name.startswith("weighted/") else 0.0
-        moment = Moment(self.state.global_step - 1, self.args.max_steps)
-        for term in self.objective.terms:
-            row[f"weight/{term.name}"] = term.weight(moment)
-        row["kd_temperature"] = self.objective.kd.temperature(moment)
-        return row
 
     # ---- what is saved ---------------------------------------------------------------------------------------
 
@@ -390,10 +360,13 @@ class DistillTrainer(Trainer):
     def settle_step(self) -> None:
         """Mark the end of an optimizer step: from here a checkpoint can be written, also after a later failure."""
         if self.accelerator.optimizer_step_was_skipped:  # the loss scaler met a gradient that is not finite
-            self.sums.forget_step()
-            self.num_skipped_steps += 1
+            self.figures.sums.forget_step()
+            self.remembered.num_skipped_steps += 1
             self._check_loss_scale()
-        self.sums.complete_step()
+        elif self.average is not None and not self._is_step_empty:
+            self.average.update()
+        self._is_step_empty = False
+        self.figures.sums.complete_step()
         if self.rollout is not None:
             self.rollout.settle()
         with undisturbed_rng():
@@ -403,104 +376,65 @@ class DistillTrainer(Trainer):
         """Lowering the scale cures an overflow in a few steps; below 1 there is none left to cure."""
         scaler = self.accelerator.scaler
         if scaler is not None and self.on_nonfinite == "stop" and scaler.get_scale() < 1.0:
-            self._stop_at_nonfinite(f"no loss scale gives a finite gradient ({self.num_skipped_steps} steps skipped)")
+            self._stop_at_nonfinite(
+                f"no loss scale gives a finite gradient ({self.remembered.num_skipped_steps} steps skipped)"
+            )
 
     def check_saving(self) -> None:
         """Write a checkpoint and throw it away."""
         self._save_checkpoint(self.model_wrapped, publish=False)
 
     def _get_output_dir(self, trial: Any) -> str:
-        """The staging folder while a checkpoint is written, so that no half-written one bears a checkpoint's name."""
-        folder = Path(self.args.output_dir)
-        return str(folder / checkpoint.STAGING if self._staging else folder)
-
-    @contextmanager
-    def _into_staging(self) -> Iterator[Path]:
-        folder = Path(self.args.output_dir)
-        if self.args.should_save:
-            checkpoint.clear_staging(folder)
-            (folder / checkpoint.STAGING).mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self._staging = True
-        try:
-            yield folder / checkpoint.STAGING / f"{checkpoint.PREFIX}{self.state.global_step}"
-            self.accelerator.wait_for_everyone()
-        finally:
-            self._staging = False
-            if self.args.should_save:
-                checkpoint.clear_staging(folder)
+        """The staging folder while a checkpoint is written."""
+        return str(self.writer.target)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None, *, publish: bool = True) -> None:
         """Write a whole checkpoint or none; `publish=False` writes and throws away, to see whether it works."""
-        folder = Path(self.args.output_dir)
-        final = folder / f"{checkpoint.PREFIX}{self.state.global_step}"
-        if publish and checkpoint.is_whole(final):
+        folder, step = Path(self.args.output_dir), self.state.global_step
+        if publish and checkpoint.is_whole(folder / f"{checkpoint.PREFIX}{step}"):
             return
-        if self.args.should_save:
-            checkpoint.check_room(folder, self._needed_bytes())
-        self._state_of_sums = self.sums.state(self.accelerator)
-        try:
-            with undisturbed_rng(), self._into_staging() as staged:
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    self._checkpoint_bytes = sum(file.stat().st_size for file in staged.rglob("*") if file.is_file())
-                    if publish:
-                        checkpoint.publish(staged, final)
-                        checkpoint.rotate(folder, keep=self.keep)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise RunFailed(
-                f"stage {self.stage}, step {self.state.global_step}: the checkpoint could not be written ({error}). "
-                "Nothing half-written is left and the previous checkpoint is kept."
-            ) from error
-        self.accelerator.wait_for_everyone()
+        remembered = self.remembered.collect(self.accelerator)
+        copies = 3 if self.average is None else 4  # AdamW keeps two
+        with (
+            undisturbed_rng(),
+            self.writer.staged(checkpoint.PREFIX, step, estimated_bytes=copies * self._weight_bytes()) as staged,
+        ):
+            super()._save_checkpoint(model, trial)
+            if self.average is not None:
+                with self._averaged():
+                    self.save_model(str(staged / AVERAGE_FOLDER), _internal_call=True)
+            if self.args.should_save:
+                self.remembered.write(staged, remembered)
+            if not publish:
+                self.writer.discard(staged)
+                return
+            self.writer.publish(staged)
+            if self.args.should_save:
+                checkpoint.rotate(folder, keep=self.keep)
 
-    def _needed_bytes(self) -> int:
-        """Size of the last checkpoint, or of weights and optimizer state before there is one."""
-        parameters = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        return self._checkpoint_bytes or 3 * parameters
+    def _weight_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Student as `from_pretrained` reads it, adapters beside it, and the sums of the next log row."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        student = adapters = None  # None: the module's own, which FSDP has cut into shards
-        if state_dict is not None:
-            student, adapters = _below(state_dict, "student."), _below(state_dict, "adapters.")
-            for tied in unwrapped.student.all_tied_weights_keys:  # gathered one by one, they no longer share memory
-                student.pop(tied, None)
-        unwrapped.student.save_pretrained(folder, state_dict=student, max_shard_size="1000GB")
-        adapters = unwrapped.adapters.state_dict() if adapters is None else adapters
-        if adapters:
-            save_file({name: value.contiguous() for name, value in adapters.items()}, folder / ADAPTERS_FILE)
-        self.processing_class.save_pretrained(folder)
-        state = {"sums": self._state_of_sums, "num_skipped_steps": self.num_skipped_steps}
-        (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
-        if self.rollout is not None:
-            self.rollout.save(folder)
+        """The student as `from_pretrained` reads it, and what belongs to it."""
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            write_student(unwrapped, folder, tokenizer=self.processing_class, gathered=state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Student and adapters back into place, every key accounted for."""
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        folder = Path(resume_from_checkpoint)
-        with preserved_rng_state():  # from_pretrained knows how the weights of each architecture are stored
-            saved = type(self.model.student).from_pretrained(folder, dtype=torch.float32)
-        self.model.student.load_state_dict(saved.state_dict())
-        if len(self.model.adapters):
-            self.model.adapters.load_state_dict(load_file(folder / ADAPTERS_FILE))
+        if self.average is not None:
+            read_student(self.model, Path(resume_from_checkpoint) / AVERAGE_FOLDER)
+            self.average.take()
+        read_student(self.model, Path(resume_from_checkpoint))
 
     def restore_state(self, folder: Path) -> None:
-        """Go on with the sums of the next log row and with the rollout as a checkpoint left them."""
-        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        self.sums.restore(state["sums"], self.args.device, share=float(self.accelerator.is_main_process))
-        self.num_skipped_steps = state["num_skipped_steps"]
-        if self.rollout is not None:
-            self.rollout.restore(folder)
+        """Go on with sums, rollout and evaluations as a checkpoint left them."""
+        self.remembered.restore(folder, self.accelerator, step=self.state.global_step)
         if self.changeable is not None:
             self.changeable.restore(self.state.global_step)
 
@@ -513,12 +447,7 @@ class DistillTrainer(Trainer):
             finished = True
             return output
         except torch.OutOfMemoryError as error:
-            raise RunFailed(
-                f"stage {self.stage}, step {self.state.global_step + 1}: the card's memory is used up ({error}). Lower "
-                "optim.batch_size (and raise optim.accumulation), data.max_length, objective.chunk_tokens or "
-                "rollout.batch_size (prompts that the student answers together), or set "
-                "student.gradient_checkpointing=true, and run again with another --output"
-            ) from error
+            raise out_of_memory(error, stage=self.stage, step=self.state.global_step + 1) from error
         finally:
             if not finished and self._settled_rng is not None:
                 self._save_emergency_checkpoint(self._settled_rng)
@@ -536,24 +465,9 @@ class DistillTrainer(Trainer):
         """A checkpoint of the last complete step, exact to the random state; only where no other process waits."""
         if self.accelerator.num_processes > 1:
             return
-        self.sums.forget_step()
+        self.figures.sums.forget_step()
         set_rng_state(settled_rng)
         try:
             self._save_checkpoint(self.model_wrapped)
         except RunFailed as error:
             logger.error("no emergency checkpoint: %s", error)
-
-
-def _keep_embeddings_in_32_bits(model: nn.Module) -> None:
-    """Embeddings see each row rarely, and 8-bit states of such rows are too coarse: bitsandbytes' own advice."""
-    import bitsandbytes
-
-    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            manager.register_module_override(module, "weight", {"optim_bits": 32})
-
-
-def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The part of a state dict under a prefix, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -225,23 +225,15 @@ class Rollout:
             self.is_rouge_reached = rouge >= self.config.gate.min_rouge_l
             if self.is_rouge_reached:
                 notes.append(f"ROUGE-L {rouge:.1f} opens the gate (floor {self.config.gate.min_rouge_l:g})")
-        collapsed = self._find_collapse(rouge)
-        if collapsed is not None:
-            assert self.collapse is not None
-            self.threshold.value = self.collapse.take_back(before, rouge)
-            self.threshold.cap = min(self.threshold.cap, max(before - self.threshold.step, self.threshold.step))
-            moved = f"threshold {before:g} -> {self.threshold.value:g}"
-            more = f", from now on at most {self.threshold.cap:g}" if self.config.mode == "adaptive" else ""
-            emptied = "; replay buffer emptied" if len(self.buffer) else ""
-            self.buffer.clear()
-            notes.append(f"{collapsed}: {moved}{more}{emptied}")
-        if self.config.mode == "adaptive" and self.threshold.observe(
-            figures["cross_entropy"], may_rise=collapsed is None
-        ):
+        fall = self._find_fall(rouge)
+        is_taken_back = self.collapse is not None and fall is not None and self.collapse.is_collapse
+        if fall is not None:
+            notes.append(self._take_back(fall, rouge) if is_taken_back else self._watch(fall))
+        if self.config.mode == "adaptive" and self.threshold.observe(figures["cross_entropy"], may_rise=fall is None):
             notes.append(
                 f"validation loss {figures['cross_entropy']:.4g}: threshold {before:g} -> {self.threshold.value:g}"
             )
-        logged = {"rollout/threshold": self.threshold.value, "rollout/taken_back": float(collapsed is not None)}
+        logged = {"rollout/threshold": self.threshold.value, "rollout/taken_back": float(is_taken_back)}
         if tally.num_texts and self.guard.config is not None:
             logged["rollout/pass_fraction"] = tally.num_passed / tally.num_texts
             if not tally.num_passed:
@@ -252,12 +244,31 @@ class Rollout:
         self.tally = TextCounts()
         return logged, "; ".join(notes) or None
 
-    def _find_collapse(self, rouge: float | None) -> str | None:
-        """Why the student's text has to be taken back, where there is any."""
+    def _find_fall(self, rouge: float | None) -> str | None:
+        """What fell since the student's text came in, where there is any to take back."""
         if self.collapse is None:
             return None
-        reason = self.collapse.observe(rouge, self.tally, threshold=self.threshold.value)
-        return reason if self.threshold.value > 0 else None
+        fall = self.collapse.observe(rouge, self.tally, threshold=self.threshold.value)
+        return fall if self.threshold.value > 0 else None
+
+    def _watch(self, fall: str) -> str:
+        """A fall that may be a dip: nothing is done yet."""
+        assert self.collapse is not None
+        done, needed = self.collapse.num_falls, self.collapse.config.patience
+        return (
+            f"{fall}: seen at {done} evaluation{'s' if done > 1 else ''}, at {needed} in a row the threshold goes back"
+        )
+
+    def _take_back(self, fall: str, rouge: float | None) -> str:
+        """Lower the threshold, keep an adaptive one below what did the harm, and forget the texts."""
+        assert self.collapse is not None
+        before = self.threshold.value
+        self.threshold.value = self.collapse.take_back(before, rouge)
+        self.threshold.cap = min(self.threshold.cap, max(before - self.threshold.step, self.threshold.step))
+        more = f", from now on at most {self.threshold.cap:g}" if self.config.mode == "adaptive" else ""
+        emptied = "; replay buffer emptied" if len(self.buffer) else ""
+        self.buffer.clear()
+        return f"{fall}: threshold {before:g} -> {self.threshold.value:g}{more}{emptied}"
 
     # ---- at a checkpoint ----
 

@@ -110,7 +110,8 @@ class TextCounts:
 
 @dataclass
 class CollapseRule:
-    """Finds out at evaluations that the student's text does harm: ROUGE-L falls, or the guard's pass rate does."""
+    """Finds out at evaluations that the student's text does harm: ROUGE-L falls, or the guard's pass rate does, and
+    the next evaluation finds it too."""
 
     config: CollapseConfig
     best_rouge_l: float | None = None
@@ -119,6 +120,8 @@ class CollapseRule:
     """φ under which that was reached; 0 where none of the student's text had been trained on."""
     has_passed: bool = False
     """Whether the pass rate was ever high enough, so that it can fall."""
+    num_falls: int = 0
+    """Evaluations in a row that found a fall; one that can say nothing leaves it."""
 
     def observe(self, rouge_l: float | None, texts: TextCounts, *, threshold: float) -> str | None:
         """Take up an evaluation.
@@ -128,20 +131,29 @@ class CollapseRule:
             texts: since the last evaluation; where none was trained on, no fall is blamed on them.
             threshold: φ up to now.
         Returns:
-            Why it is a collapse, or None.
+            What fell, or None; it is a collapse where `is_collapse` holds.
         """
-        reason = self._fallen_pass_rate(texts)
-        if rouge_l is None:
-            return reason
-        best = self.best_rouge_l
-        if texts.num_trained and best is not None and rouge_l < best * (1.0 - self.config.max_rouge_drop_fraction):
-            reason = f"ROUGE-L fell from {best:.1f} to {rouge_l:.1f}"
-        if best is None or rouge_l > best:
+        reason, best = self._fallen_pass_rate(texts), self.best_rouge_l
+        is_low = False
+        if rouge_l is not None and best is not None:
+            is_low = rouge_l < best * (1.0 - self.config.max_rouge_drop_fraction)
+            if is_low and texts.num_trained:
+                reason = f"ROUGE-L fell from {best:.1f} to {rouge_l:.1f}"
+        if reason is not None:
+            self.num_falls += 1
+        elif not is_low and (rouge_l is not None or texts.num_texts >= self.config.min_texts):
+            self.num_falls = 0
+        if rouge_l is not None and (best is None or rouge_l > best):
             self.best_rouge_l, self.best_threshold = rouge_l, threshold if texts.num_trained else 0.0
         return reason
 
+    @property
+    def is_collapse(self) -> bool:
+        """Whether a fall was found often enough to be no dip."""
+        return self.num_falls >= self.config.patience
+
     def _fallen_pass_rate(self, texts: TextCounts) -> str | None:
-        """Why the guard's pass rate is a collapse; without a guard every text passes."""
+        """What the guard's pass rate fell to; without a guard every text passes."""
         if texts.num_texts < self.config.min_texts:
             return None
         fraction = texts.num_passed / texts.num_texts
@@ -157,6 +169,7 @@ class CollapseRule:
         """
         lowered = min(self.best_threshold, threshold / 2)
         lowered = 0.0 if lowered < SMALLEST else lowered
+        self.num_falls = 0
         if rouge_l is not None:
             self.best_rouge_l, self.best_threshold = rouge_l, lowered
         return lowered
