@@ -48,8 +48,9 @@ class KdConfig(Part):
     """square multiplies by temperature squared, so that gradients keep their size (Hinton et al. 2015)."""
     top_k: Count | None = None
     """Compare the teacher's K most likely tokens and the rest as one bucket; None compares all. A good K is 256."""
-    across: Literal["hybrid", "uld"] = "hybrid"
-    """Where tokenizers differ: hybrid uses `loss` on the tokens that both vocabularies have and ULD on the others."""
+    across: Literal["grouped", "hybrid", "uld"] = "grouped"
+    """Where tokenizers differ, at the first token of a span: `loss` on groups of tokens that may begin the same text,
+    `loss` on the tokens that both vocabularies have with ULD on the others (hybrid), or ULD alone."""
 
     @model_validator(mode="after")
     def _arguments_fit(self) -> "KdConfig":

@@ -87,6 +87,111 @@ def matching_ids(
     return [student_id for student_id, _ in pairs], [teacher_id for _, teacher_id in pairs]
 
 
+@dataclass(frozen=True)
+class ByteGroups:
+    """Ids of two vocabularies that may begin the same text, put together."""
+
+    student: list[int]
+    """The group of each of the student's ids, -1 where it is in none."""
+    teacher: list[int]
+    """The group of each of the teacher's ids, likewise."""
+    num_groups: int
+
+
+def byte_groups(
+    student_tokenizer: "PreTrainedTokenizerBase", teacher_tokenizer: "PreTrainedTokenizerBase"
+) -> ByteGroups:
+    """Groups of ids such that the two first tokens of any text are in one group, whatever follows them.
+
+    Ids of equal bytes are in one group. An id that the other vocabulary has not is in the group of the token with which
+    the other side begins its bytes: where the teacher writes " and" and the student " a" and "nd", " and" goes with
+    " a". So the mass of a group means the same on both sides, which that of " a" alone does not: the teacher gives it
+    to texts that go on otherwise, the student to all of them.
+
+    Args:
+        student_tokenizer: a fast one.
+        teacher_tokenizer: a fast one.
+    Returns:
+        ByteGroups; a group has ids of both sides. Special tokens are in none but the two ends of text, which are one.
+        Context may make a tokenizer begin a text otherwise than its token alone; such a text is the exception.
+    Raises:
+        UserError: as `token_bytes`.
+    """
+    sides = (student_tokenizer, teacher_tokenizer)
+    canonical = [_ids_by_bytes(tokenizer) for tokenizer in sides]
+    written = [_bytes_by_id(tokenizer) for tokenizer in sides]
+    parent = {(side, index): (side, index) for side in (0, 1) for index in written[side]}
+
+    def root(node: tuple[int, int]) -> tuple[int, int]:
+        while parent[node] != node:
+            parent[node] = parent[parent[node]]
+            node = parent[node]
+        return node
+
+    for side, other in ((0, 1), (1, 0)):
+        own = written[side]
+        for index, first in zip(own, _first_ids(list(own.values()), sides[other], canonical[other]), strict=True):
+            if first is not None and (other, first) in parent:
+                parent[root((side, index))] = root((other, first))
+    ends = [tokenizer.eos_token_id for tokenizer in sides]
+    if None not in ends:
+        parent[0, ends[0]] = parent[1, ends[1]] = (0, ends[0])
+    members: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for node in parent:
+        members.setdefault(root(node), []).append(node)
+    groups = [nodes for nodes in members.values() if len({side for side, _ in nodes}) == 2]
+    found = [[-1] * (1 + max(tokenizer.get_vocab().values())) for tokenizer in sides]
+    for number, nodes in enumerate(groups):
+        for side, index in nodes:
+            found[side][index] = number
+    return ByteGroups(found[0], found[1], len(groups))
+
+
+def _bytes_by_id(tokenizer: "PreTrainedTokenizerBase") -> dict[int, bytes]:
+    """The bytes that each id adds to a text which goes on before it, without ids of none and the end-of-text."""
+    parts = _parts_of(tokenizer)
+    read = _family_of(parts, tokenizer).read_in_text
+    tokens = _ordinary_tokens(tokenizer, parts).items()
+    found = {index: read(token) for token, index in tokens if index != tokenizer.eos_token_id}
+    return {index: written for index, written in found.items() if written}
+
+
+def _first_ids(
+    texts: list[bytes], tokenizer: "PreTrainedTokenizerBase", canonical: dict[bytes, int]
+) -> list[int | None]:
+    """The id with which a tokenizer begins some bytes in the midst of a text; None where it has none for them."""
+    found = [canonical.get(text) for text in texts]
+    unknown = [place for place, index in enumerate(found) if index is None and _is_text(texts[place])]
+    # After a line break, so that a tokenizer that puts a space before every text puts it before that.
+    encoded = tokenizer(
+        ["\n" + texts[place].decode() for place in unknown],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        split_special_tokens=True,
+        verbose=False,
+    )
+    known = set(canonical.values())
+    for place, ids, offsets in zip(unknown, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        after = [index for index, (start, end) in zip(ids, offsets, strict=True) if start >= 1 and end > start]
+        if after and after[0] in known:
+            found[place] = after[0]
+    longest = max(map(len, canonical), default=0)
+    for place, index in enumerate(found):
+        if index is None:  # pieces of a character, or joined with the line break
+            lengths = range(min(len(texts[place]), longest), 0, -1)
+            found[place] = next((canonical[texts[place][:n]] for n in lengths if texts[place][:n] in canonical), None)
+    return found
+
+
+def _is_text(written: bytes) -> bool:
+    """Whether bytes are whole characters."""
+    try:
+        written.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _ids_by_bytes(tokenizer: "PreTrainedTokenizerBase") -> dict[bytes, int]:
     """The id that a tokenizer writes some bytes with, in the midst of a text; without the end-of-text id."""
     parts = _parts_of(tokenizer)

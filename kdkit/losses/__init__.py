@@ -1,6 +1,14 @@
 """Losses as pure functions, and the chunked pass that applies them from hidden states."""
 
-from kdkit.losses.cross_tokenizer import VocabularyMatch, hybrid, span_likelihood, uld
+from kdkit.losses.cross_tokenizer import (
+    GroupedIds,
+    VocabularyGroups,
+    VocabularyMatch,
+    grouped,
+    hybrid,
+    span_likelihood,
+    uld,
+)
 from kdkit.losses.divergences import (
     LOSSES,
     Loss,
@@ -22,15 +30,18 @@ __all__ = [
     "LOSSES",
     "CrossTerm",
     "DivergenceTerm",
+    "GroupedIds",
     "HeadPassResult",
     "LabelTerm",
     "Loss",
     "SpanTerm",
     "Spans",
+    "VocabularyGroups",
     "VocabularyMatch",
     "alpha_beta",
     "divergence",
     "forward_kl",
+    "grouped",
     "head_pass",
     "hybrid",
     "jsd",

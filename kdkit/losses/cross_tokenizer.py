@@ -6,16 +6,19 @@ both ends of which a token of either side ends, and at its first position both h
 =================  ==============================================  =======================  ===========================
 Loss               When                                            Range                    Cost of a span
 =================  ==============================================  =======================  ===========================
-`hybrid`           the vocabularies share most tokens of the text  that of its divergence,  the divergence and `uld`,
-                   by their bytes                                  and 0 to 2 more          each over a part of the ids
+`grouped`          the first choice: what each side may begin a    that of its divergence,  the divergence and `uld`,
+                   text with is compared group by group            and 0 to 2 more          each over a part of the ids
+`hybrid`           the vocabularies share nearly all tokens of     that of its divergence,  the same
+                   the text by their bytes; else it teaches the    and 0 to 2 more
+                   student to begin words as only the teacher can
 `uld`              they share little, as other scripts do;         0 to 2                   a selection of K; to sort
                    with top_k where V or W is large                                         150,000 takes 30 times that
 `span_likelihood`  spans of several tokens; or the teacher's       0 and more               none beside the labels'
                    log-probability of the text is all one has                               log-probabilities
 =================  ==============================================  =======================  ===========================
 
-`hybrid` and `uld` see the whole distribution over one token, the first of the span. `span_likelihood` sees all tokens
-of the span, but of each distribution only the outcome that the text took. So either goes together with it.
+`grouped`, `hybrid` and `uld` see the whole distribution over one token, the first of the span. `span_likelihood` sees
+all tokens of the span, but of each distribution only the outcome that the text took. So either goes together with it.
 
 They neither reduce nor mask. Each is ≥ 0 up to rounding and 0 at equality; gradient flows to the student only.
 """
@@ -29,6 +32,9 @@ from torch import Tensor
 
 from kdkit.losses.divergences import Loss, forward_kl
 from kdkit.teacher.signal import at_least_float32, bucket_logprobs, log_mass
+
+# Stands for an id without mass, and unlike −inf has gradients.
+_LEFT_OUT = -1e30
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +170,133 @@ def hybrid(
         return value
     mass_gap = 0.0 if top_k is None else student_rest.exp().sum(-1) - teacher_rest.exp().sum(-1)  # (N,)
     return value + unmatched_weight * _ranked_distance(student_rest, teacher_rest, top_k, mass_gap)
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedIds:
+    """The ids of one vocabulary, put into G groups; made once, as it reads the groups.
+
+    Raises:
+        ValueError: a group has no id, or an id is in a group beyond them.
+    """
+
+    group_ids: Tensor
+    """(V,) int64 group of each id, 0 to G − 1; −1 for an id in none."""
+    num_groups: int
+    """G."""
+    members: Tensor = field(init=False)
+    """(M,) int64 ids that are in a group"""
+    free: Tensor = field(init=False)
+    """(V − M,) int64 ids that are in none"""
+
+    def __post_init__(self) -> None:
+        ids = self.group_ids
+        if ids.dtype != torch.int64 or ids.dim() != 1 or self.num_groups < 1:
+            raise ValueError(
+                f"group_ids {tuple(ids.shape)} of {ids.dtype}, {self.num_groups} groups: must be (V,) of int64, and 1 "
+                "group or more"
+            )
+        if set(ids.unique().tolist()) - {-1} != set(range(self.num_groups)):
+            raise ValueError(
+                f"group_ids from {int(ids.min())} to {int(ids.max())} for {self.num_groups} groups: each of 0 to "
+                f"{self.num_groups - 1} must have an id, and no other but -1"
+            )
+        object.__setattr__(self, "members", (ids >= 0).nonzero().squeeze(-1))  # the way to set a frozen field
+        object.__setattr__(self, "free", (ids < 0).nonzero().squeeze(-1))
+
+    def to(self, device: torch.device | str) -> "GroupedIds":
+        """The same on a device."""
+        return GroupedIds(self.group_ids.to(device), self.num_groups)
+
+
+@dataclass(frozen=True, eq=False)
+class VocabularyGroups:
+    """Groups of ids of two vocabularies whose masses mean the same on both sides: what may begin the same text."""
+
+    student: GroupedIds
+    teacher: GroupedIds
+    match: VocabularyMatch = field(init=False)
+    """Of the columns that `group_logprobs` makes: group with group, an id in no group with none."""
+
+    def __post_init__(self) -> None:
+        num_groups = self.student.num_groups
+        if self.teacher.num_groups != num_groups:
+            raise ValueError(
+                f"{num_groups} groups of the student, {self.teacher.num_groups} of the teacher: give as many"
+            )
+        every = torch.arange(num_groups, device=self.student.group_ids.device)
+        widths = (num_groups + len(side.free) for side in (self.student, self.teacher))
+        object.__setattr__(self, "match", VocabularyMatch(every, every, *widths))
+
+    def to(self, device: torch.device | str) -> "VocabularyGroups":
+        """The same groups on a device; itself where they are there already."""
+        if self.student.group_ids.device == torch.empty(0, device=device).device:
+            return self
+        return VocabularyGroups(self.student.to(device), self.teacher.to(device))
+
+
+def grouped(
+    student_logprobs: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    groups: VocabularyGroups,
+    loss: Loss,
+    top_k: int | None = None,
+    unmatched_weight: float = 1.0,
+) -> Tensor:
+    """A divergence over groups of ids that may begin the same text, universal logit distillation over ids in none.
+
+    `hybrid` over the masses of the groups, P_g = Σ_{t in g} p_t and Q_g = Σ_{s in g} q_s: a divergence of the two
+    models' texts seen through coarser eyes, so 0 where they agree on all texts. `hybrid` over single ids is not: where
+    only the teacher writes " and" in one token, it takes from the student's " a" the mass that " a", "nd" needs.
+
+    Args:
+        student_logprobs: (N, V) normalised log-probabilities; gradient flows.
+        teacher_logprobs: (N, W) normalised log-probabilities; no gradient.
+        groups: for these V and W, on the same device.
+        loss: a divergence such as those in `LOSSES`.
+        top_k: compare the teacher's K most likely groups, all others in one bucket; None takes all.
+        unmatched_weight: factor on what is in no group; at 0 it is not computed.
+    Returns:
+        (N,) float32, float64 for float64. Equal to `loss` where every group is one id of each side and none is left.
+    Raises:
+        ValueError: the log-probabilities are not as wide as the groups say; top_k is below 1.
+    Source: none.
+    """
+    widths = len(groups.student.group_ids), len(groups.teacher.group_ids)
+    if (student_logprobs.shape[-1], teacher_logprobs.shape[-1]) != widths:
+        raise ValueError(
+            f"log-probabilities over {student_logprobs.shape[-1]} and {teacher_logprobs.shape[-1]} ids, groups of "
+            f"{widths[0]} and {widths[1]}: make them for the width of the models' logits"
+        )
+    return hybrid(
+        group_logprobs(student_logprobs, groups.student),
+        group_logprobs(teacher_logprobs.detach(), groups.teacher),
+        match=groups.match,
+        loss=loss,
+        top_k=top_k,
+        unmatched_weight=unmatched_weight,
+    )
+
+
+def group_logprobs(logprobs: Tensor, ids: GroupedIds) -> Tensor:
+    """Log of each group's mass, then the ids in no group one by one.
+
+    Args:
+        logprobs: (N, V) log-probabilities; gradient flows.
+        ids: which of the V are in which of G groups, on the same device.
+    Returns:
+        (N, G + R) float32, float64 for float64, for R ids in no group; a group of one is that id.
+    """
+    precise = at_least_float32(logprobs)
+    kept = precise.index_select(-1, ids.members).clamp_min(_LEFT_OUT)  # (N, M)
+    slots = ids.group_ids.index_select(0, ids.members).expand(len(kept), -1)  # (N, M)
+    largest = kept.new_full((len(kept), ids.num_groups), _LEFT_OUT)
+    largest = largest.scatter_reduce(-1, slots, kept.detach(), "amax")  # (N, G)
+    shares = (kept - largest.gather(-1, slots)).exp()  # (N, M)
+    masses = largest + torch.zeros_like(largest).scatter_add(-1, slots, shares).log()  # (N, G)
+    masses = masses.masked_fill(masses < 0.5 * _LEFT_OUT, -math.inf)
+    return torch.cat([masses, precise.index_select(-1, ids.free)], dim=-1)
 
 
 def _unmatched(side: str, ids: Tensor, width: int) -> Tensor:

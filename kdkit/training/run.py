@@ -19,7 +19,7 @@ from kdkit.config.reading import stage_config
 from kdkit.data.batch import DistillCollator, teacher_view
 from kdkit.data.rows import Rows
 from kdkit.data.spans import tokenizer_relation
-from kdkit.data.vocabulary import matching_ids
+from kdkit.data.vocabulary import byte_groups, matching_ids
 from kdkit.errors import UserError
 from kdkit.evaluation import Evaluation, GenerationSettings, evaluate_model, generate_answers, score_predictions
 from kdkit.loading import (
@@ -33,13 +33,14 @@ from kdkit.loading import (
     load_tokenizer,
     shared_vocab_size,
 )
-from kdkit.losses import VocabularyMatch
+from kdkit.losses import GroupedIds, VocabularyGroups, VocabularyMatch
 from kdkit.runtime import Preflight, preflight, usable_dtype
 from kdkit.teacher.sources import LiveTeacher
 from kdkit.training import checkpoint
 from kdkit.training.card import model_card
 from kdkit.training.controls import Controls
 from kdkit.training.folder import RunFolder
+from kdkit.training.objective import Across
 from kdkit.training.progress import say
 from kdkit.training.rows import RunRows
 from kdkit.training.stage import StageInputs, run_stage
@@ -139,9 +140,9 @@ class _Run:
         settings = settings.model_copy(update={"seed": self.config.seed + STAGE_SEED_STRIDE * index})
         student = self._load_student(after)
         teacher = self._load_teacher() if settings.objective.needs_teacher else None
-        vocab_size = match = None
+        vocab_size = across = None
         if teacher is not None and self.teacher_tokenizer is not None:
-            match = self._match(student, self.teacher_tokenizer)
+            across = self._across(student, self.teacher_tokenizer)
         elif teacher is not None:
             vocab_size = teacher.vocab_size = self._shared_vocab_size(student)
         inputs = StageInputs(
@@ -154,7 +155,7 @@ class _Run:
             generate=None if settings.evaluation.generate_rows == 0 else self._generate_with(settings),
             references=lambda: self.rows.read("train", settings).dataset["references"],
             vocab_size=vocab_size,
-            match=match,
+            across=across,
             teacher_tokenizer=self.teacher_tokenizer,
             dense_student=_needs_dense_path(student, "student"),
             precision=self._dtype_name(settings.optim.precision),
@@ -255,13 +256,20 @@ class _Run:
             self.tokenizer.pad_token_id, teacher_pad_token_id=None if other is None else other.pad_token_id
         )
 
-    def _match(self, student: PreTrainedModel, teacher_tokenizer: PreTrainedTokenizerBase) -> VocabularyMatch:
-        """The ids with which both models write the same bytes."""
+    def _across(self, student: PreTrainedModel, teacher_tokenizer: PreTrainedTokenizerBase) -> Across:
+        """How the ids of the two models relate: which are the same bytes, and which may begin the same text."""
         own, theirs = matching_ids(self.tokenizer, teacher_tokenizer)
-        say(f"{len(own)} of the student's {len(self.tokenizer)} tokens are tokens of the teacher's too")
-        return VocabularyMatch(
-            torch.tensor(own), torch.tensor(theirs), head_width(student), head_width(self._load_teacher().model)
+        groups = byte_groups(self.tokenizer, teacher_tokenizer)
+        widths = head_width(student), head_width(self._load_teacher().model)
+        say(
+            f"{len(own)} of the student's {len(self.tokenizer)} tokens are tokens of the teacher's too; "
+            f"{groups.num_groups} groups of tokens may begin the same text"
         )
+        sides = [
+            GroupedIds(torch.tensor(side + [-1] * (width - len(side))), groups.num_groups)  # ids that no text makes
+            for side, width in zip((groups.student, groups.teacher), widths, strict=True)
+        ]
+        return Across(VocabularyMatch(torch.tensor(own), torch.tensor(theirs), *widths), VocabularyGroups(*sides))
 
     def _shared_vocab_size(self, student: PreTrainedModel) -> int | None:
         teacher = self._load_teacher().model

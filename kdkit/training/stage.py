@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from kdkit.config import DistillConfig, EarlyStoppingConfig, EvaluationConfig
 from kdkit.data.batch import DistillCollator
 from kdkit.errors import UserError
-from kdkit.losses import VocabularyMatch
 from kdkit.runtime import seed_everything
 from kdkit.teacher.sources import LiveTeacher, TeacherSource
 from kdkit.training import checkpoint, rollout
@@ -24,7 +23,7 @@ from kdkit.training.early_stopping import FIGURE_FILE, EarlyStopping
 from kdkit.training.flow import ConsoleProgress, StageFlow
 from kdkit.training.metrics import MetricsFile
 from kdkit.training.model import DistillModel
-from kdkit.training.objective import Objective
+from kdkit.training.objective import Across, Objective
 from kdkit.training.progress import say
 from kdkit.training.saving import ADAPTERS_FILE, AVERAGE_FOLDER
 from kdkit.training.state import STATE_FILE
@@ -62,8 +61,8 @@ class StageInputs:
     """Right answers of the training rows, by row id."""
     vocab_size: int | None
     """Leading token ids that student and teacher share; None where their widths agree."""
-    match: VocabularyMatch | None
-    """Ids of the two vocabularies that stand for the same bytes; None where there is one tokenizer."""
+    across: Across | None
+    """How the ids of the two vocabularies relate; None where there is one tokenizer."""
     teacher_tokenizer: PreTrainedTokenizerBase | None
     """The teacher's, where it is another one."""
     dense_student: bool
@@ -162,7 +161,7 @@ def describe_stage(config: DistillConfig, inputs: StageInputs, num_steps: int, r
     rows = optim.batch_size * optim.accumulation * processes
     terms = ", ".join(
         f"{term.name} {term.schedule.start:g}" + ("" if term.schedule.is_constant else f"..{term.schedule.end:g}")
-        for term in Objective(config.objective, match=inputs.match).terms
+        for term in Objective(config.objective, across=inputs.across).terms
     )
     lines = [
         f"stage {name}: {num_steps} optimizer steps, warm-up {warmup} ({warmup / num_steps:.0%}), "
@@ -269,7 +268,7 @@ def _build_trainer(
 def _build_model(config: DistillConfig, inputs: StageInputs) -> DistillModel:
     """Student, objective and adapters, the latter taken over from an earlier stage where they fit."""
     seed_everything(config.seed)  # adapters start the same whether or not a stage ran before in this process
-    objective = Objective(config.objective, match=inputs.match)
+    objective = Objective(config.objective, across=inputs.across)
     if isinstance(inputs.teacher, LiveTeacher):
         inputs.teacher.check(objective.views)
     model = DistillModel(

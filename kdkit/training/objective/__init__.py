@@ -14,11 +14,13 @@ from kdkit.training.objective.terms import (
     build_projector,
     count_items,
 )
+from kdkit.training.objective.vocabulary import Across
 from kdkit.training.objective.weighted_sum import Objective
 
 __all__ = [
     "ITEMS",
     "PROJECTOR",
+    "Across",
     "HiddenTerm",
     "Item",
     "Moment",

@@ -1,6 +1,9 @@
 """Terms over what comes next: divergences, labels, and the likelihood of spans."""
 
+from dataclasses import dataclass
 from functools import partial
+
+import torch
 
 from kdkit.config import KdConfig, LmConfig, SpanConfig
 from kdkit.data.batch import Batch
@@ -10,11 +13,14 @@ from kdkit.losses import (
     DivergenceTerm,
     LabelTerm,
     SpanTerm,
+    VocabularyGroups,
     VocabularyMatch,
+    grouped,
     hybrid,
     span_likelihood,
     uld,
 )
+from kdkit.losses.divergences import Loss
 from kdkit.losses.terms import Term as HeadTerm
 from kdkit.schedules import Schedule
 from kdkit.teacher.cross import CrossSignal
@@ -49,6 +55,18 @@ class KdTerm(VocabularyTerm):
         return DivergenceTerm(self.name, self.loss, weight=coefficient, temperature=self.temperature(moment))
 
 
+@dataclass(frozen=True)
+class Across:
+    """How the ids of two vocabularies relate."""
+
+    match: VocabularyMatch
+    groups: VocabularyGroups
+
+    def to(self, device: torch.device) -> "Across":
+        """The same on a device."""
+        return Across(self.match.to(device), self.groups.to(device))
+
+
 class CrossKdTerm(KdTerm):
     """The same across two vocabularies, summed over the spans that both tokenizers agree on.
 
@@ -57,18 +75,22 @@ class CrossKdTerm(KdTerm):
 
     counts: Item = "spans"
 
-    def __init__(self, config: KdConfig, match: VocabularyMatch) -> None:
+    def __init__(self, config: KdConfig, across: Across) -> None:
         super().__init__(config)
-        self.match = match
+        self.across = across
 
     def head_term(
         self, batch: Batch, signal: TeacherSignal | CrossSignal | None, moment: Moment, coefficient: float
     ) -> HeadTerm:
         """The term as the head pass takes it."""
-        self.match = self.match.to(batch["positions"].device)
-        compared = partial(uld, top_k=self.config.top_k)
-        if self.config.across == "hybrid":
-            compared = partial(hybrid, match=self.match, loss=self.loss, top_k=self.config.top_k)
+        self.across = self.across.to(batch["positions"].device)
+        compared: Loss
+        if self.config.across == "grouped":
+            compared = partial(grouped, groups=self.across.groups, loss=self.loss, top_k=self.config.top_k)
+        elif self.config.across == "hybrid":
+            compared = partial(hybrid, match=self.across.match, loss=self.loss, top_k=self.config.top_k)
+        else:
+            compared = partial(uld, top_k=self.config.top_k)
         return CrossTerm(self.name, compared, weight=coefficient, temperature=self.temperature(moment))
 
 

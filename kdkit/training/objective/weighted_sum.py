@@ -16,7 +16,7 @@ from kdkit.config import ObjectiveConfig
 from kdkit.data.batch import Batch
 from kdkit.errors import UserError
 from kdkit.loading import ModelShape
-from kdkit.losses import CrossTerm, HeadPassResult, LabelTerm, Spans, VocabularyMatch, head_pass, logits_pass
+from kdkit.losses import CrossTerm, HeadPassResult, LabelTerm, Spans, head_pass, logits_pass
 from kdkit.losses.terms import Term as HeadTerm
 from kdkit.teacher.cross import CrossSignal
 from kdkit.teacher.signal import NO_VIEWS, DenseSignal, LiveSignal, SparseSignal, TeacherSignal, Views
@@ -37,7 +37,7 @@ from kdkit.training.objective.terms import (
     VocabularyTerm,
     label_targets,
 )
-from kdkit.training.objective.vocabulary import CrossKdTerm, KdTerm, LmTerm, SpanLikelihoodTerm
+from kdkit.training.objective.vocabulary import Across, CrossKdTerm, KdTerm, LmTerm, SpanLikelihoodTerm
 
 LABELS_ONLY = "labels_only"
 
@@ -47,23 +47,23 @@ class Objective:
 
     Args:
         config: the terms and their schedules.
-        match: which ids of two vocabularies stand for the same bytes; None where both models have one tokenizer.
+        across: how the ids of two vocabularies relate; None where both models have one tokenizer.
     Raises:
         UserError: a term compares spans, and there is one tokenizer.
     """
 
-    def __init__(self, config: ObjectiveConfig, *, match: VocabularyMatch | None = None) -> None:
-        if match is None and config.weights["span"].largest > 0:
+    def __init__(self, config: ObjectiveConfig, *, across: Across | None = None) -> None:
+        if across is None and config.weights["span"].largest > 0:
             raise UserError(
                 "objective.span compares the spans of two tokenizers, and teacher and student have one, so that kd "
                 "compares every token: set objective.span.weight=0 and give objective.kd a weight"
             )
         self.config = config
-        self.kd = KdTerm(config.kd) if match is None else CrossKdTerm(config.kd, match)
+        self.kd = KdTerm(config.kd) if across is None else CrossKdTerm(config.kd, across)
         self.vocabulary_terms: tuple[VocabularyTerm, ...] = (
             self.kd,
             LmTerm(config.lm),
-            SpanLikelihoodTerm(config.span, follows=config.kd.weight if match is not None else None),
+            SpanLikelihoodTerm(config.span, follows=config.kd.weight if across is not None else None),
         )
         self.hidden_terms: tuple[HiddenTerm, ...] = (
             DtwTerm(config.dtw),
