@@ -162,16 +162,8 @@ def _first_ids(
     """The id with which a tokenizer begins some bytes in the midst of a text; None where it has none for them."""
     found = [canonical.get(text) for text in texts]
     unknown = [place for place, index in enumerate(found) if index is None and _is_text(texts[place])]
-    # After a line break, so that a tokenizer that puts a space before every text puts it before that.
-    encoded = tokenizer(
-        ["\n" + texts[place].decode() for place in unknown],
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        split_special_tokens=True,
-        verbose=False,
-    )
     known = set(canonical.values())
-    for place, ids, offsets in zip(unknown, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+    for place, (ids, offsets) in zip(unknown, _encode([texts[place] for place in unknown], tokenizer), strict=True):
         after = [index for index, (start, end) in zip(ids, offsets, strict=True) if start >= 1 and end > start]
         if after and after[0] in known:
             found[place] = after[0]
@@ -181,6 +173,20 @@ def _first_ids(
             lengths = range(min(len(texts[place]), longest), 0, -1)
             found[place] = next((canonical[texts[place][:n]] for n in lengths if texts[place][:n] in canonical), None)
     return found
+
+
+def _encode(texts: list[bytes], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Ids and offsets of each text behind a line break: a space that a tokenizer puts before all text comes there."""
+    if not texts:
+        return []
+    encoded = tokenizer(
+        ["\n" + text.decode() for text in texts],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        split_special_tokens=True,
+        verbose=False,
+    )
+    return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
 
 
 def _is_text(written: bytes) -> bool:
