@@ -5,7 +5,8 @@
 
 Every student starts from the same random weights for a seed and sees the same rows in the same number of optimizer
 steps, warm start included. SFT is run at three learning rates; the best by mean validation ROUGE-L is the baseline.
-With `--answers`, further students distil on the teacher's own answers to all training prompts, labelled or not.
+With `--answers`, further students distil on the teacher's own answers to all training prompts, labelled or not. For the
+pair with two tokenizers give `--base` a file that says `preset: demo-moe`, and `data/demo/moe_teacher_answers.jsonl`.
 A run that is already in OUTPUT is not run again.
 """
 
@@ -50,6 +51,15 @@ VARIANTS = (
     Variant("forward KL + DTW", ("fkl-dtw",), KD_RATE, is_warm=False),
     Variant("forward KL, teacher's answers", ("fkl",), KD_RATE, is_warm=False, on_answers=True),
     Variant("forward KL + DTW, teacher's answers", ("fkl-dtw",), KD_RATE, is_warm=False, on_answers=True),
+    *(
+        Variant(f"{label}, teacher's answers", presets, (*KD_RATE, *own), is_warm=False, on_answers=True)
+        for label, presets, own in (
+            ("ULD and labels", ("uld",), ("objective.lm.weight=1", "objective.span.weight=0")),
+            ("spans and labels", ("span",), ()),
+            ("forward KL by equal bytes", ("fkl",), ("objective.kd.across=hybrid",)),
+            ("curriculum", ("student-aware",), ()),
+        )
+    ),
     Variant("forward KL + DTW, own text", ("on-policy-fkl-dtw",), KD_RATE, is_warm=False, on_prompts=True),
     Variant("skew reverse KL", ("srkl",), KD_RATE),
     Variant("skew reverse KL + DTW", ("srkl-dtw",), KD_RATE),
