@@ -7,7 +7,7 @@ import numpy as np
 
 from kdkit.errors import UserError
 from kdkit.plots.axes import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, Row, column, number, rows_of_kind, wrapped
-from kdkit.plots.terms import Column, Strip, most_of, term_grid, term_names
+from kdkit.plots.terms import FROM_ZERO, Column, Strip, most_of, term_grid, term_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,13 +18,15 @@ DIFFERENCES = {
     "rouge_l": ("ROUGE-L (points)", 1),
 }
 """Figure of a comparison -> what its difference is called, and the sign of a gain."""
+_AGAINST = -0.1  # cosine
 
 
 def plot_schedule(planned: Sequence[Row]) -> "Figure":
     """Which term weighs how much, and when? Weights and temperature over the steps of a run that has not begun.
 
     Args:
-        planned: one row a step: `step`, `weight/<term>`, `kd_temperature` and `kd_scale`, as `planned_rows` makes them.
+        planned: one row a step, as `planned_rows` makes them: `step` (completed), `weight/<term>`, `kd_temperature` and
+            `kd_scale`.
     Returns:
         Figure with a strip for each term, and two for the temperature and for what it makes of kd's loss.
     Raises:
@@ -52,7 +54,7 @@ def plot_schedule(planned: Sequence[Row]) -> "Figure":
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", color=FAINT, alpha=0.3)
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    panels[-1].set_xlabel("optimizer steps")
+    panels[-1].set_xlabel("completed optimizer steps")
     figure.suptitle(wrapped(_schedule_finding(planned, terms)))
     return figure
 
@@ -69,8 +71,8 @@ def plot_gradients(rows: Sequence[Row]) -> "Figure":
     """
     rows = rows_of_kind(rows, "gradient")
     columns = (
-        Column("gradient_share/", "share of the gradients' norms (%)", BLUE),
-        Column("gradient_cosine/", "cosine with the whole gradient", GREEN),
+        Column("gradient_share/", "share of the gradients' norms (%)", BLUE, bounds=FROM_ZERO),
+        Column("gradient_cosine/", "cosine with the whole gradient", GREEN, bounds=(-1.0, 1.0)),
     )
     below = (Strip("gradient_norm", INK, "norm of the whole gradient"), Strip("loss", INK, "total loss"))
     figure, _ = term_grid(rows, {str(rows[0].get("stage", "")): 0.0}, columns=columns, below=[below])
@@ -103,7 +105,11 @@ def plot_ablation(rows: Sequence[Row]) -> "Figure":
     panels[0].set_yticks(range(len(rows)), [f"without {row['without']}" for row in rows], parse_math=False)
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
     num_seeds = max(int(number(row, "num_seeds") or 1) for row in rows)
-    note = f"{num_seeds} seeds; bars: 95 % t interval of the paired differences" if num_seeds > 1 else "1 seed: no interval"
+    note = (
+        f"{num_seeds} seeds; bars: 95 % t interval of the paired differences"
+        if num_seeds > 1
+        else "1 seed: no interval"
+    )
     figure.supxlabel(note, fontsize="small", color="#555555")
     figure.suptitle(wrapped(ablation_finding(rows, measured[0])))
     return figure
@@ -147,20 +153,18 @@ def _draw_differences(axes: "Axes", rows: Sequence[Row], name: str) -> None:
             axes.plot([low, high], [place, place], color=BLUE, linewidth=2, solid_capstyle="butt", alpha=0.6)
         axes.plot(value, place, marker="o", markersize=7, color=BLUE)
         text = f"{value:+.3f}" if name == "cross_entropy" else f"{value:+.1f}"
-        axes.annotate(
-            text, (value, place), xytext=(0, 7), textcoords="offset points", ha="center", fontsize="small"
-        )
+        axes.annotate(text, (value, place), xytext=(0, 7), textcoords="offset points", ha="center", fontsize="small")
 
 
 def _schedule_finding(planned: Sequence[Row], terms: Sequence[str]) -> str:
     """Which terms begin when, and what the temperature does to kd."""
-    begins: dict[int, list[str]] = {}
+    steps, begins = column(planned, "step"), dict[float, list[str]]()
     for term in terms:
-        (steps,) = np.nonzero(column(planned, f"weight/{term}") > 0)
-        begins.setdefault(int(column(planned, "step")[steps[0]]), []).append(term)
+        first = int(np.argmax(column(planned, f"weight/{term}") > 0))
+        begins.setdefault(steps[max(first - 1, 0)] / steps[-1] if steps[-1] else 0.0, []).append(term)
     said = [
-        f"{', '.join(names)} {'from the start' if step == 0 else f'after step {step - 1}'}"
-        for step, names in sorted(begins.items())
+        f"{f'after {share:.0%} of the steps' if share else 'from the start'} {', '.join(names)}"
+        for share, names in sorted(begins.items())
     ]
     scale = column(planned, "kd_scale")
     if scale[0] != scale[-1]:
@@ -172,6 +176,6 @@ def _schedule_finding(planned: Sequence[Row], terms: Sequence[str]) -> str:
 def _gradient_finding(rows: Sequence[Row]) -> str:
     last: Mapping[str, object] = rows[-1]
     shares = {name: number(last, f"gradient_share/{name}") or 0.0 for name in term_names([last], "gradient_share/")}
-    against = [name for name in shares if (number(last, f"gradient_cosine/{name}") or 0.0) < 0]
+    against = [name for name in shares if (number(last, f"gradient_cosine/{name}") or 0.0) < _AGAINST]
     pulls = f"; against the whole: {', '.join(against)}" if against else ""
     return f"Step {number(last, 'step') or 0:.0f}: {most_of(shares)} of the gradients' norms{pulls}"

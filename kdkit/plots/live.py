@@ -24,7 +24,7 @@ from kdkit.plots.axes import (
     stage_begins,
     wrapped,
 )
-from kdkit.plots.terms import MOST_LINES, PARTS, WEIGHTS, Strip, term_colours, term_grid, term_names
+from kdkit.plots.terms import FROM_ZERO, MOST_LINES, PARTS, WEIGHTS, Strip, term_colours, term_grid, term_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,8 +87,14 @@ def _draw_strips(
     rows: Sequence[Row], evaluations: Sequence[Row], begins: Mapping[str, float], terms: Sequence[str]
 ) -> tuple["Figure", list["Axes"]]:
     """Many terms: a strip for each and its weight, the other knobs and ROUGE-L below."""
-    loss = (Strip("loss", INK, "total loss"), Strip("kd_temperature", PURPLE, "temperature", held=True))
-    score = (Strip("rouge_l", BLUE, "validation ROUGE-L (%)"), Strip("rollout/threshold", RED, "threshold φ", held=True))
+    loss = (
+        Strip("loss", INK, "total loss"),
+        Strip("kd_temperature", PURPLE, "temperature", held=True, bounds=FROM_ZERO),
+    )
+    score = (
+        Strip("rouge_l", BLUE, "validation ROUGE-L (%)"),
+        Strip("rollout/threshold", RED, "threshold φ", held=True, bounds=FROM_ZERO),
+    )
     has_score = evaluations or np.isfinite(column(rows, "rollout/threshold")).any()
     scores = [{name: row.get(name) for name in ("stage", "step", "rouge_l")} for row in evaluations]
     together = sorted([*rows, *scores], key=lambda row: run_steps([row], begins)[0])

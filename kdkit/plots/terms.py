@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kdkit.config.objective import TERM_NAMES
 from kdkit.plots.axes import (
     BLUE,
     FAINT,
@@ -36,6 +37,11 @@ _STRIP_INCHES, _SUMMARY_INCHES, _HEADING_INCHES = 0.62, 0.85, 1.1
 _SPOKEN_TERMS = 3  # by a title
 
 
+Bounds = tuple[float, float | None] | None
+"""Of the vertical axis: None leaves it to the values; (0, None) begins at 0 and marks the largest value."""
+FROM_ZERO: Bounds = (0.0, None)
+
+
 @dataclass(frozen=True)
 class Strip:
     """One small panel: which figure of the rows it shows, and how."""
@@ -45,7 +51,8 @@ class Strip:
     label: str = ""
     """What it shows, where no heading over the column says it."""
     held: bool = False
-    """A value that holds until the next row, such as a weight, and is never negative."""
+    """A value that holds until the next row, such as a weight."""
+    bounds: Bounds = None
 
 
 @dataclass(frozen=True)
@@ -57,11 +64,12 @@ class Column:
     heading: str
     colour: str
     held: bool = False
+    bounds: Bounds = None
 
 
-WEIGHTS = Column("weight/", "weight", ORANGE, held=True)
+WEIGHTS = Column("weight/", "weight", ORANGE, held=True, bounds=FROM_ZERO)
 PARTS = Column("part/", "before its weight", BLUE)
-SHARES = Column("share/", "share of the total (%)", GREEN)
+SHARES = Column("share/", "share of the total (%)", GREEN, bounds=FROM_ZERO)
 
 
 def plot_terms(metrics_rows: Sequence[Row]) -> "Figure":
@@ -79,7 +87,7 @@ def plot_terms(metrics_rows: Sequence[Row]) -> "Figure":
     shown = [{**row, **_shares(row)} for row in rows]
     below = (
         Strip("loss", INK, "total loss"),
-        Strip("kd_temperature", PURPLE, "kd temperature", held=True),
+        Strip("kd_temperature", PURPLE, "kd temperature", held=True, bounds=FROM_ZERO),
         Strip("learning_rate", INK, "learning rate"),
     )
     figure, panels = term_grid(shown, begins, columns=(PARTS, WEIGHTS, SHARES), below=[below])
@@ -111,7 +119,7 @@ def term_grid(
     inches = [_STRIP_INCHES] * len(terms) + [_SUMMARY_INCHES] * len(below)
     figure = Figure(figsize=(7.2, sum(inches) + _HEADING_INCHES), layout="constrained")
     grid = figure.subplots(len(inches), len(columns), sharex=True, squeeze=False, gridspec_kw={"height_ratios": inches})
-    strips = [[Strip(c.prefix + term, c.colour, held=c.held) for c in columns] for term in terms]
+    strips = [[Strip(c.prefix + term, c.colour, held=c.held, bounds=c.bounds) for c in columns] for term in terms]
     for panels, wanted in zip(grid, [*strips, *below], strict=True):
         for axes, strip in zip(panels, wanted, strict=True):
             _draw_strip(axes, rows, begins, strip)
@@ -124,10 +132,10 @@ def term_grid(
 
 
 def term_names(rows: Sequence[Row], *prefixes: str) -> list[str]:
-    """What follows one of the prefixes in some row: the best-known terms first, then as they appear."""
+    """What follows one of the prefixes in some row: terms of the objective in its order, then others."""
     keys = (key for row in rows for key in row)
     found = dict.fromkeys(key.removeprefix(p) for key in keys for p in prefixes if key.startswith(p))
-    return [name for name in _COLOURS if name in found] + [name for name in found if name not in _COLOURS]
+    return [name for name in TERM_NAMES if name in found] + [name for name in found if name not in TERM_NAMES]
 
 
 def term_colours(terms: Sequence[str]) -> dict[str, str]:
@@ -160,14 +168,22 @@ def _draw_strip(axes: "Axes", rows: Sequence[Row], begins: Mapping[str, float], 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.tick_params(labelsize="small")
-    if strip.held:
-        most = max(column(measured, strip.name).max(), 1e-9)
-        axes.set_ylim(0, 1.15 * most)
-        axes.set_yticks([0, most], ["0", f"{most:.3g}"])
-    else:
+    if strip.bounds is None:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=2, min_n_ticks=2))
+    else:
+        _bound(axes, strip.bounds, largest=max(column(measured, strip.name).max(), 1e-9))
     if strip.label:
         axes.set_title(strip.label, fontsize="medium")
+
+
+def _bound(axes: "Axes", bounds: tuple[float, float | None], *, largest: float) -> None:
+    low, high = bounds
+    if high is None:
+        axes.set_ylim(low, low + 1.15 * (largest - low))
+        axes.set_yticks([low, largest], [f"{low:g}", f"{largest:.3g}"])
+    else:
+        axes.set_ylim(low, high)
+        axes.set_yticks([low, (low + high) / 2, high])
 
 
 def _shares(row: Row) -> dict[str, float]:
