@@ -125,12 +125,11 @@ def ablation_finding(rows: Sequence[Row], metric: str = "cross_entropy") -> str:
         For instance "Cross-entropy is worse without kd; no difference is shown for lm".
     """
     label, sign = DIFFERENCES[metric][0].partition(" (")[0], DIFFERENCES[metric][1]
-    label = label[0].upper() + label[1:]
     shown: dict[str, list[str]] = {"worse": [], "better": [], "open": []}
     for row in rows:
         low, high = (number(row, f"{metric}_{end}") for end in ("low", "high"))
         if low is None or high is None or not (np.isfinite(low) and np.isfinite(high)):
-            return f"{label}: one seed each, so that no difference can be told from chance"
+            return f"{label[0].upper() + label[1:]}: one seed each, so that no difference can be told from chance"
         verdict = "open" if low <= 0 <= high else "better" if sign * (low + high) > 0 else "worse"
         shown[verdict].append(str(row["without"]))
     said = [f"{label} is {how} without {', '.join(shown[how])}" for how in ("worse", "better") if shown[how]]
@@ -163,7 +162,7 @@ def _schedule_finding(planned: Sequence[Row], terms: Sequence[str]) -> str:
         first = int(np.argmax(column(planned, f"weight/{term}") > 0))
         begins.setdefault(steps[max(first - 1, 0)] / steps[-1] if steps[-1] else 0.0, []).append(term)
     said = [
-        f"{f'after {share:.0%} of the steps' if share else 'from the start'} {', '.join(names)}"
+        f"{f'after {100 * share:.0f} % of the steps' if share else 'from the start'} {', '.join(names)}"
         for share, names in sorted(begins.items())
     ]
     scale = column(planned, "kd_scale")

@@ -182,7 +182,8 @@ def _bound(axes: "Axes", bounds: tuple[float, float | None], *, largest: float) 
         axes.set_ylim(low, low + 1.15 * (largest - low))
         axes.set_yticks([low, largest], [f"{low:g}", f"{largest:.3g}"])
     else:
-        axes.set_ylim(low, high)
+        margin = 0.08 * (high - low)  # or a line at the bound would be cut
+        axes.set_ylim(low - margin, high + margin)
         axes.set_yticks([low, (low + high) / 2, high])
 
 
