@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -172,7 +173,7 @@ def _load_scene(config: DistillConfig, run: RunFolder, *, num_rows: int) -> _Sce
         tokenizer.pad_token_id, teacher_pad_token_id=None if other is None else other.pad_token_id
     )
     batch = collator([rows[index] for index in range(min(num_rows, len(rows)))])
-    batch = {name: _on_device(value, machine.device) for name, value in batch.items()}
+    batch = send_to_device(batch, machine.device)
     if not config.objective.needs_teacher:
         return _Scene(config, machine, None, None, None, batch)
     model = load_teacher(config.teacher, machine)
@@ -194,12 +195,6 @@ def _load_scene(config: DistillConfig, run: RunFolder, *, num_rows: int) -> _Sce
 
 def _checkpoints(stage: Path) -> list[Path]:
     return [place for place in stage.glob(f"{checkpoint.PREFIX}*") if checkpoint.is_whole(place)]
-
-
-def _on_device(value: object, device: str) -> object:
-    if isinstance(value, dict):
-        return {name: _on_device(part, device) for name, part in value.items()}
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _flat_gradient(loss: Tensor, weights: list[torch.nn.Parameter]) -> Tensor:
