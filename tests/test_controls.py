@@ -10,7 +10,7 @@ from tiny import make_pair, tiny_config
 from transformers import TrainerCallback
 
 from kdkit.errors import UserError
-from kdkit.training.controls import Change, Controls, read_changes
+from kdkit.training.controls import Change, Controls, planned_values, read_changes
 from kdkit.training.metrics import MetricsFile
 from kdkit.training.run import run_distillation
 from kdkit.training.stopping import Interrupted, StopRequest
@@ -106,6 +106,34 @@ class TestTakingEffect:
         watched = run_distillation(config, tmp_path / "watched", controls=Controls())
         assert_same_weights(alone, watched)
         assert trace(alone) == trace(watched)
+
+
+class TestEveryTerm:
+    def test_a_term_that_a_ramp_has_not_begun_can_be_turned_on_and_the_log_repeats_it(self, pair, tmp_path):
+        """The knobs knew kd, lm and dtw alone."""
+        ramp = {"start": 0.0, "end": 0.1, "begin": 0.7}
+        config = tiny_config(pair, objective={"kd": {"weight": 1.0}, "hidden": {"weight": ramp}}, max_steps=4)
+        controls, hidden = Controls(), "objective.hidden.weight"
+        turned = run_distillation(
+            config, tmp_path / "run", controls=controls, callbacks=[Turn(controls, {1: {hidden: 0.5, KD: 0.0}})]
+        )
+        steps = [row for row in trace(turned) if row["kind"] == "train"]
+        assert [row["weight/hidden"] for row in steps] == [0.0, 0.5, 0.5, 0.5]
+        assert [row["weight/kd"] for row in steps] == [1.0, 0.0, 0.0, 0.0]
+        again = run_distillation(
+            config, tmp_path / "again", controls=Controls(read_changes(turned.folder / "metrics.jsonl"))
+        )
+        assert_same_weights(again, turned)
+
+    def test_what_is_planned_is_what_the_config_names(self, pair):
+        """A run across tokenizers with the term span had no sliders: an objective without a match refused it."""
+        tree = {"kd": {"weight": 0.0}, "lm": {"weight": 1.0}, "span": {"weight": {"start": 0.0, "end": 0.2}}}
+        planned = planned_values(tiny_config(pair, *ROLLOUT, "evaluation.every_steps=2", objective=tree))
+        assert {field: (schedule.start, schedule.end) for field, schedule in planned.items()} == {
+            LM: (1.0, 1.0),
+            "objective.span.weight": (0.0, 0.2),
+            THRESHOLD: (0.5, 0.5),
+        }
 
 
 class TestRepeating:

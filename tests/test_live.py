@@ -95,6 +95,19 @@ class TestSliders:
         assert starts == {KD: 0.7, LM: 0.3, DTW: 0.5, TEMPERATURE: 2.0, THRESHOLD: 0.5}
         assert not any(slider.continuous_update for slider in started.sliders.values())
 
+    def test_every_term_of_the_run_has_one_in_steps_that_fit_its_weight(self, pair, session, tmp_path):
+        """Only kd, lm and dtw had names; and in steps of 0.05 a weight of 0.05 is on or off."""
+        ramp = {"start": 0.0, "end": 0.05, "begin": 0.4, "finish": 0.7}
+        objective = {"kd": {"weight": 1.0}, "hidden": {"weight": ramp}, "contrastive": {"weight": 0.3}}
+        many = LiveControls(tiny_config(pair, objective=objective), tmp_path / "run", session=session)
+        named = {slider.description: (slider.value, slider.max, slider.step) for slider in many.sliders.values()}
+        assert named.pop("temperature")
+        assert named == {
+            "kd weight": (1.0, 2.0, 0.05),
+            "hidden weight": (0.0, 0.2, pytest.approx(0.005)),
+            "contrastive weight": (0.3, 2.0, 0.05),
+        }
+
     def test_they_wait_for_the_stage_to_begin(self, config, session, tmp_path):
         """A slider moved before that was refused, and stood where the run was not."""
         waiting = LiveControls(config, tmp_path / "run", session=session)
@@ -314,6 +327,29 @@ class TestFigure:
     def test_a_line_marks_the_change_in_every_panel(self, logged):
         for axes in plot_live(logged).axes:
             assert 4 in [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"]
+
+    @pytest.fixture
+    def many(self, logged):
+        """The same of a run with a term more than fits in one panel."""
+        more = {f"part/{name}": 1.0 for name in ("lm", "hidden", "routing")}
+        more |= {f"weight/{name}": 0.05 for name in ("lm", "hidden", "routing")}
+        return [row | more if row["kind"] == "train" else row for row in logged]
+
+    def test_many_terms_have_a_strip_each_with_the_change_marked_in_every_one(self, many):
+        axes = [axes for axes in plot_live(many).axes if axes.axison]
+        assert [a.get_ylabel() for a in axes if a.get_ylabel()] == ["kd", "lm", "hidden", "routing"]
+        assert len(axes) == 2 * 4 + 3  # ROUGE-L, total, temperature
+        assert all(4 in [line.get_xdata()[0] for line in a.lines if line.get_linestyle() == "--"] for a in axes)
+
+    def test_what_an_evaluation_measured_is_no_point_of_a_training_curve(self, many):
+        evaluated = [row | {"part/kd": 77.0, "loss": 77.0} if row["kind"] == "eval" else row for row in many]
+        drawn = [line.get_ydata() for a in plot_live(evaluated).axes for line in a.lines]
+        assert not any(77.0 in values for values in drawn)
+
+    def test_a_change_of_any_term_is_told_by_its_name(self, many):
+        many.append({"kind": "change", "stage": "distill", "step": 6, "objective.routing.weight": 0.2})
+        title = plot_live(many).get_suptitle().replace("\n", " ")
+        assert title.endswith("; routing weight 0.2 from step 7 on")
 
     def test_without_a_training_row_there_is_nothing_to_draw(self):
         with pytest.raises(UserError, match="nothing to draw"):

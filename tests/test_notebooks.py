@@ -306,3 +306,50 @@ class TestGenerationNotebook:
         assert time.monotonic() - started < SECONDS_OF_THE_DEFAULT
         again = execute(GENERATION, tmp_path, size="5 minutes")
         assert "optimizer steps" not in printed(again)
+
+
+CURRICULUM = ROOT / "notebooks" / "03_curriculum.py"
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """The notebook on the curriculum at its smallest size."""
+    folder = tmp_path_factory.mktemp("curriculum")
+    notebook = execute(CURRICULUM, folder, size="smoke")
+    notebook.metadata.folder = folder
+    yield notebook
+    shutil.rmtree(folder)
+
+
+class TestCurriculumNotebook:
+    def test_nothing_is_red_and_nothing_warns(self, taught):
+        assert not [o for o in outputs(taught) if o.output_type == "error" or o.get("name") == "stderr"]
+        assert not re.search(r"warning", printed(taught), re.IGNORECASE)
+
+    def test_it_shows_the_schedule_the_terms_their_gradients_and_the_ablation(self, taught):
+        titles = [o.metadata["image/png"]["alt"] for o in outputs(taught) if "image/png" in o.get("data", {})]
+        schedule, terms, gradients, ablation = (title.replace("\n", " ") for title in titles)
+        assert schedule.startswith("From the start kd, lm; after 10 % of the steps hidden, attention; after 40 %")
+        assert terms.endswith("of the loss")
+        assert "of the gradients' norms" in gradients
+        assert "one seed each" in ablation
+
+    def test_shares_of_loss_and_gradients_are_whole(self, taught):
+        lines = [line.split() for line in printed(taught).splitlines()]
+        shares = {words[0]: words[2:4] for words in lines if len(words) == 5 and words[2].endswith("%")}
+        assert list(shares) == ["kd", "lm", "hidden", "attention", "layerwise", "contrastive", "routing"]
+        for place in (0, 1):
+            assert sum(float(pair[place].rstrip("%")) for pair in shares.values()) == pytest.approx(100, abs=0.4)
+
+    def test_the_ablation_takes_the_run_that_is_there(self, taught):
+        log = next(taught.metadata.folder.rglob("arms/log.txt")).read_text()
+        assert log.count("optimizer steps, warm-up") == 1  # of the arm without features
+        assert "2/2 features, seed 10: cross-entropy" in printed(taught)
+
+    @pytest.mark.slow
+    def test_the_default_takes_less_than_five_minutes_and_a_second_execution_goes_on(self, tmp_path):
+        started = time.monotonic()
+        execute(CURRICULUM, tmp_path, size="5 minutes")
+        assert time.monotonic() - started < SECONDS_OF_THE_DEFAULT
+        again = execute(CURRICULUM, tmp_path, size="5 minutes")
+        assert "optimizer steps" not in printed(again)

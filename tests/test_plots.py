@@ -10,13 +10,18 @@ from matplotlib.figure import Figure
 
 from kdkit.errors import UserError
 from kdkit.plots import (
+    ablation_finding,
     comparison_finding,
     figure_bytes,
+    plot_ablation,
     plot_alignment,
     plot_comparison,
     plot_evaluations,
+    plot_gradients,
     plot_rollout,
+    plot_schedule,
     plot_sweep,
+    plot_terms,
     plot_training,
 )
 
@@ -119,6 +124,173 @@ class TestPlotTraining:
     def test_refuses_rows_without_training(self):
         with pytest.raises(UserError, match='none of kind "train"'):
             plot_training([{"kind": "eval", "step": 1}])
+
+
+NINE = ("kd", "lm", "span", "dtw", "hidden", "attention", "layerwise", "contrastive", "routing")
+
+
+def term_rows(*, steps=(1, 2, 3), terms=NINE):
+    """Each term's part is 2, its weight 0.1 and rising, kd's share what is left of 10."""
+    rows = []
+    for step in steps:
+        weighted = {f"weighted/{name}": 0.1 * step for name in terms}
+        weighted["weighted/kd"] = 10 - sum(value for name, value in weighted.items() if name != "weighted/kd")
+        parts = {f"part/{name}": 2.0 for name in terms} | {f"weight/{name}": 0.1 * step for name in terms}
+        rows.append(train_row(step, loss=10.0, kd_temperature=2.0, **parts, **weighted))
+    return rows
+
+
+def strip_of(figure, term, column):
+    """The line of a term's strip."""
+    names = [axes.get_ylabel() for axes in figure.axes]
+    return figure.axes[names.index(term) + column].get_lines()[0]
+
+
+class TestPlotTerms:
+    def test_each_of_nine_terms_has_its_part_its_weight_and_its_share(self):
+        figure = plot_terms(term_rows())
+        assert_draws(figure)
+        for term in NINE[1:]:
+            assert strip_of(figure, term, 0).get_ydata().tolist() == [2.0, 2.0, 2.0]
+            assert strip_of(figure, term, 1).get_ydata().tolist() == pytest.approx([0.1, 0.2, 0.3])
+            assert strip_of(figure, term, 2).get_ydata().tolist() == pytest.approx([1, 2, 3])  # of 10, in percent
+        assert strip_of(figure, "kd", 2).get_ydata().tolist() == pytest.approx([92, 84, 76])
+        assert [axes.get_title() for axes in figure.axes[:3]] == [
+            "before its weight",
+            "weight",
+            "share of the total (%)",
+        ]
+
+    def test_shares_and_weights_are_measured_from_zero(self):
+        figure = plot_terms(term_rows())
+        assert all(figure.axes[row * 3 + column].get_ylim()[0] == 0 for row in range(9) for column in (1, 2))
+
+    def test_the_title_tells_the_largest_and_the_sum_of_the_others(self):
+        found = title(plot_terms(term_rows()))
+        assert found == "Step 3: kd 76 %, lm 3 %, span 3 %, the other 6 terms together 18 % of the loss"
+
+    def test_a_part_that_was_not_on_yet_leaves_a_gap(self):
+        rows = term_rows()
+        for name in ("part/routing", "weighted/routing"):
+            del rows[0][name]
+        assert strip_of(plot_terms(rows), "routing", 0).get_xdata().tolist() == [2.0, 3.0]
+
+    def test_training_curves_of_more_than_three_terms_are_these(self):
+        assert len(plot_training(term_rows(terms=NINE[:3])).axes) == 3
+        assert len(plot_training(term_rows(terms=NINE[:4])).axes) == 3 * 5
+
+    def test_a_loss_that_is_not_finite_is_the_finding(self):
+        rows = [*term_rows(), train_row(4, loss=None, **{f"weight/{name}": 0.1 for name in NINE})]
+        figure = plot_terms(rows)
+        assert_draws(figure)
+        assert title(figure) == "The loss is not finite at step 4"
+
+
+class TestPlotSchedule:
+    @pytest.fixture
+    def planned(self):
+        return [
+            {
+                "step": step,
+                "weight/kd": 0.7,
+                "weight/hidden": max(step - 4, 0) / 60,
+                "kd_temperature": t,
+                "kd_scale": t * t,
+            }
+            for step, t in ((step, 2 - step / 20) for step in range(11))
+        ]
+
+    def test_draws_each_weight_and_what_the_temperature_makes_of_kd(self, planned):
+        figure = plot_schedule(planned)
+        assert_draws(figure)
+        drawn = {axes.get_ylabel(): axes.get_lines()[0].get_ydata() for axes in figure.axes}
+        assert list(drawn) == ["kd", "hidden", "temperature T", "kd's factor T²"]
+        assert drawn["hidden"][[4, 10]].tolist() == pytest.approx([0, 0.1])
+        assert drawn["kd's factor T²"][[0, 10]].tolist() == [4.0, 2.25]
+
+    def test_the_title_tells_when_terms_begin_and_what_t_squared_does(self, planned):
+        expected = "From the start kd; after 40 % of the steps hidden; T² takes kd's factor from 4 to 2.25"
+        assert title(plot_schedule(planned)) == expected
+
+    def test_refuses_no_steps(self):
+        with pytest.raises(UserError, match="nothing to draw"):
+            plot_schedule([])
+
+
+class TestPlotGradients:
+    @pytest.fixture
+    def rows(self):
+        def row(step, kd, hidden):
+            shares = {"gradient_share/kd": kd, "gradient_share/hidden": 100 - kd, "gradient_cosine/kd": 0.9}
+            place = {"kind": "gradient", "stage": "distill", "step": step, "loss": 3.0, "gradient_norm": 1.5}
+            return {**place, **shares, "gradient_cosine/hidden": hidden}
+
+        return [row(10, 90, 0.2), row(20, 80, -0.5)]
+
+    def test_draws_shares_and_cosines_of_each_term(self, rows):
+        figure = plot_gradients(rows)
+        assert_draws(figure)
+        assert strip_of(figure, "kd", 0).get_ydata().tolist() == [90, 80]
+        assert strip_of(figure, "hidden", 1).get_ydata().tolist() == [0.2, -0.5]
+        low, high = figure.axes[1].get_ylim()
+        assert low < -1 < 1 < high
+
+    def test_the_title_tells_the_last_shares_and_who_pulls_against_the_rest(self, rows):
+        assert (
+            title(plot_gradients(rows))
+            == "Step 20: kd 80 %, hidden 20 % of the gradients' norms; against the whole: hidden"
+        )
+        rows[-1]["gradient_cosine/hidden"] = -0.01  # as good as at right angles
+        assert "against" not in title(plot_gradients(rows))
+
+    def test_refuses_rows_without_gradients(self):
+        with pytest.raises(UserError, match='none of kind "gradient"'):
+            plot_gradients([train_row(1, loss=1.0)])
+
+
+class TestPlotAblation:
+    @pytest.fixture
+    def rows(self):
+        def row(name, low, high):
+            middle = (low + high) / 2
+            return {
+                "without": name,
+                "num_seeds": 3,
+                "cross_entropy": middle,
+                "cross_entropy_low": low,
+                "cross_entropy_high": high,
+            }
+
+        return [row("kd", 0.2, 0.4), row("lm", -0.1, 0.2), row("routing", -0.3, -0.1)]
+
+    def test_draws_each_difference_with_its_interval_about_zero(self, rows):
+        figure = plot_ablation(rows)
+        assert_draws(figure)
+        (axes,) = figure.axes
+        lines = [line.get_xdata() for line in axes.get_lines()]
+        assert list(lines[0]) == [0, 0]
+        assert [0.2, 0.4] in [list(line) for line in lines]
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["without kd", "without lm", "without routing"]
+
+    def test_the_finding_counts_a_difference_only_where_its_interval_leaves_out_zero(self, rows):
+        assert ablation_finding(rows) == (
+            "Cross-entropy is worse without kd; cross-entropy is better without routing; "
+            "no difference in cross-entropy is shown for lm"
+        )
+
+    def test_more_is_better_where_it_is(self, rows):
+        scored = [{name.replace("cross_entropy", "rouge_l"): value for name, value in row.items()} for row in rows]
+        assert ablation_finding(scored[:1], "rouge_l") == "ROUGE-L is better without kd"
+
+    def test_one_seed_finds_nothing(self):
+        row = {"without": "kd", "num_seeds": 1, "rouge_l": -5.0, "rouge_l_low": math.nan, "rouge_l_high": math.nan}
+        figure = plot_ablation([row])
+        assert_draws(figure)
+        assert title(figure) == "ROUGE-L: one seed each, so that no difference can be told from chance"
+
+    def test_refuses_rows_without_a_difference(self):
+        with pytest.raises(UserError, match="nothing to draw"):
+            plot_ablation([{"without": "kd", "num_seeds": 2}])
 
 
 class TestPlotEvaluations:

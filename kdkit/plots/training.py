@@ -8,14 +8,9 @@ import numpy as np
 from kdkit.errors import UserError
 from kdkit.plots.axes import (
     BLUE,
-    FAINT,
-    GREEN,
     INK,
     METRICS,
-    ORANGE,
-    PURPLE,
     RED,
-    SKY,
     Row,
     choose_scale,
     column,
@@ -28,12 +23,10 @@ from kdkit.plots.axes import (
     stage_begins,
     wrapped,
 )
+from kdkit.plots.terms import MOST_LINES, not_finite, plot_terms, term_colours, term_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_TERM_COLOURS = {"kd": BLUE, "lm": ORANGE, "dtw": GREEN}
-_OTHER_COLOURS = (RED, PURPLE, SKY)
 
 
 def plot_training(metrics_rows: Sequence[Row]) -> "Figure":
@@ -42,22 +35,24 @@ def plot_training(metrics_rows: Sequence[Row]) -> "Figure":
     Args:
         metrics_rows: rows of metrics.jsonl in order; those of kind "train" are drawn. Stages follow each other.
     Returns:
-        Figure of three panels with one step axis.
+        Figure of three panels with one step axis; of more than three terms, as `plot_terms`.
     Raises:
         UserError: there is no row of kind "train".
     """
     rows = rows_of_kind(metrics_rows, "train")
-    begins = stage_begins(metrics_rows)
+    terms = term_names(rows, "part/", "weight/")
+    if len(terms) > MOST_LINES:
+        return plot_terms(metrics_rows)
+    begins, colours = stage_begins(metrics_rows), term_colours(terms)
     figure, (loss_axes, weight_axes, rate_axes) = stacked_panels(3, height=6.2, ratios=(3, 1.3, 1))
-    parts = _names(rows, "part/")
+    parts = term_names(rows, "part/")
     draw_stages(loss_axes, rows, "loss", begins, color=INK, linewidth=2, label="total")
     for name in parts:
-        draw_stages(loss_axes, rows, f"part/{name}", begins, color=_term_colour(name, parts), label=name)
+        draw_stages(loss_axes, rows, f"part/{name}", begins, color=colours[name], label=name)
     choose_scale(loss_axes, [column(rows, "loss"), *(column(rows, f"part/{name}") for name in parts)])
     loss_axes.set_ylabel("loss per token\n(dtw: per sequence)" if "dtw" in parts else "loss per token")
-    for name in _names(rows, "weight/"):
-        colour = _term_colour(name, parts)
-        draw_stages(weight_axes, rows, f"weight/{name}", begins, color=colour, drawstyle="steps-post")
+    for name in term_names(rows, "weight/"):
+        draw_stages(weight_axes, rows, f"weight/{name}", begins, color=colours[name], drawstyle="steps-post")
     weight_axes.set_ylabel("weight")
     weight_axes.set_ylim(bottom=0)
     draw_stages(rate_axes, rows, "learning_rate", begins, color=INK)
@@ -106,9 +101,8 @@ def plot_evaluations(metrics_rows: Sequence[Row]) -> "Figure":
 
 def _training_finding(rows: Sequence[Row], parts: Sequence[str], begins: Mapping[str, float]) -> str:
     """Of the last stage: weights change between stages, and with them what the total means."""
-    broken = np.flatnonzero(~np.isfinite(column(rows, "loss")))
-    if len(broken):
-        return f"The loss is not finite at step {run_steps(rows, begins)[broken[0]]:.0f}"
+    if broken := not_finite(rows, begins):
+        return broken
     stage = str(rows[-1].get("stage", ""))
     rows = [row for row in rows if str(row.get("stage", "")) == stage]
     active = [name for name in parts if number(rows[-1], f"weight/{name}")]
@@ -137,19 +131,6 @@ def _evaluation_finding(steps: np.ndarray, rows: Sequence[Row], name: str) -> st
     verb = "rose" if last > first else "fell" if last < first else "stayed"
     where = "" if best == finite[-1] else f"; best: {values[best]:.4g} at step {steps[best]:.0f}"
     return f"{label} {verb} from {first:.4g} to {last:.4g}{where}"
-
-
-def _term_colour(name: str, names: Sequence[str]) -> str:
-    others = [other for other in names if other not in _TERM_COLOURS]
-    if name in _TERM_COLOURS:
-        return _TERM_COLOURS[name]
-    return _OTHER_COLOURS[others.index(name) % len(_OTHER_COLOURS)] if name in others else FAINT
-
-
-def _names(rows: Sequence[Row], prefix: str) -> list[str]:
-    """What follows the prefix in some row: the best-known terms first, then as they appear."""
-    found = dict.fromkeys(key.removeprefix(prefix) for row in rows for key in row if key.startswith(prefix))
-    return [name for name in _TERM_COLOURS if name in found] + [name for name in found if name not in _TERM_COLOURS]
 
 
 def _best(values: np.ndarray, more_is_better: bool) -> int:

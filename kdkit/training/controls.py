@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from kdkit.config import DistillConfig
+from kdkit.config.objective import TERM_NAMES
 from kdkit.errors import UserError
 from kdkit.schedules import Schedule
 from kdkit.training.metrics import MetricsFile
@@ -22,7 +23,7 @@ from kdkit.training.objective import Moment, Objective
 from kdkit.training.rollout import Rollout
 from kdkit.training.stopping import StopRequest
 
-WEIGHTS = ("objective.kd.weight", "objective.lm.weight", "objective.dtw.weight")
+WEIGHTS = tuple(f"objective.{name}.weight" for name in TERM_NAMES)
 TEMPERATURE = "objective.kd.temperature"
 THRESHOLD = "rollout.threshold"
 CHANGEABLE_MODES = ("adaptive", "mixed")
@@ -160,17 +161,21 @@ class Controls:
         return changes
 
 
-def initial_values(config: DistillConfig) -> dict[str, float]:
-    """What can be changed in a stage of this config, and what it is when the stage begins."""
-    threshold = config.rollout.start_threshold if config.rollout.mode in CHANGEABLE_MODES else None
-    return _values(Objective(config.objective), threshold, Moment(0, 1))
+def planned_values(config: DistillConfig) -> dict[str, Schedule]:
+    """What can be changed in a stage of this config, and how its schedule moves it; the threshold stands at its start.
 
-
-def _values(objective: Objective, threshold: float | None, moment: Moment) -> dict[str, float]:
-    found = {f"objective.{term.name}.weight": term.weight(moment) for term in objective.terms}
-    if objective.kd in objective.terms:
-        found[TEMPERATURE] = objective.kd.temperature(moment)
-    return found if threshold is None else {**found, THRESHOLD: threshold}
+    Args:
+        config: the stage's.
+    Returns:
+        Field -> schedule; a weight for each term that has one at some time of the stage.
+    """
+    weights = config.objective.weights
+    found = {f"objective.{name}.weight": schedule for name, schedule in weights.items() if schedule.largest > 0}
+    if weights["kd"].largest > 0:
+        found[TEMPERATURE] = config.objective.kd.temperature
+    if config.rollout.mode in CHANGEABLE_MODES:
+        found[THRESHOLD] = Schedule.model_validate(config.rollout.start_threshold)
+    return found
 
 
 def needs_controls(stage: str, metrics: MetricsFile) -> bool:
@@ -222,7 +227,11 @@ class ChangeableStage:
         threshold = None
         if self.rollout is not None and self.rollout.config.mode in CHANGEABLE_MODES:
             threshold = self.rollout.threshold.value
-        return _values(self.objective, threshold, Moment(step, self.num_steps))
+        moment = Moment(step, self.num_steps)
+        found = {f"objective.{term.name}.weight": term.weight(moment) for term in self.objective.terms}
+        if self.objective.kd in self.objective.terms:
+            found[TEMPERATURE] = self.objective.kd.temperature(moment)
+        return found if threshold is None else {**found, THRESHOLD: threshold}
 
     def take_up(self, step: int, *, accelerator: Accelerator) -> float:
         """Wait while there is a pause, then change what was asked for, in every process.

@@ -75,9 +75,17 @@ class DistillModel(nn.Module):
         Returns:
             As `Objective.__call__`.
         """
-        views = self.objective.views_at(moment)
-        seen = self._see_dense(batch, views) if self.dense else self._see(batch, views)
+        seen = self.see(batch, self.objective.views_at(moment))
         return self.objective(seen, batch, signal=signal, moment=moment, adapters=self.adapters, extras=extras)
+
+    def see(self, batch: Batch, views: Views) -> StudentPass:
+        """The student's pass over a batch, as the objective takes it.
+
+        Args:
+            batch: what the collator made, on the student's device.
+            views: what the terms look at of its inside.
+        """
+        return self._see_dense(batch, views) if self.dense else self._see(batch, views)
 
     def _see(self, batch: Batch, views: Views) -> StudentPass:
         """The student's hidden states, and its head beside them."""

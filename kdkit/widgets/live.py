@@ -15,9 +15,10 @@ from kdkit.config import DistillConfig
 from kdkit.config.reading import stage_config
 from kdkit.errors import RunFailed, UserError
 from kdkit.plots.live import FIELD_NAMES, plot_live
+from kdkit.schedules import Schedule
 from kdkit.session.place import Session
 from kdkit.session.runs import IN_BACKGROUND, TimeNote, bring_back, check_nothing_trains, how_to_go_on, start_or_resume
-from kdkit.training.controls import TEMPERATURE, THRESHOLD, Controls, initial_values
+from kdkit.training.controls import TEMPERATURE, THRESHOLD, Controls, planned_values
 from kdkit.training.folder import CONFIG_FILE, RunFolder
 from kdkit.training.progress import heard_by
 from kdkit.training.run import RunResult, run_distillation
@@ -33,6 +34,7 @@ SAVE_MINUTES = 10.0
 _SECONDS_BETWEEN_PICTURES = 2.0
 _DRAWING_FRACTION = 0.1  # of the time at most goes into pictures
 _LINES_KEPT = 8
+_SMALL_WEIGHT = 0.25
 
 
 class LiveControls:
@@ -109,10 +111,10 @@ class LiveControls:
 
     # ---- what is shown ----
 
-    def _build(self, values: Mapping[str, float]) -> "ipywidgets.VBox":
+    def _build(self, values: Mapping[str, Schedule]) -> "ipywidgets.VBox":
         import ipywidgets
 
-        self.sliders = {field: _slider(field, value) for field, value in values.items()}
+        self.sliders = {field: _slider(field, schedule) for field, schedule in values.items()}
         for field, slider in self.sliders.items():
             slider.observe(lambda change, field=field: self._ask(field, change["new"]), names="value")
         self.pause_button = ipywidgets.Button(description="Pause")
@@ -257,28 +259,35 @@ def _saving_by_the_clock(config: DistillConfig) -> DistillConfig:
     return config.model_copy(update={"checkpoint": saving})
 
 
-def _changeable(config: DistillConfig) -> dict[str, float]:
-    """What can be changed in any stage, and what it is when the first of them begins."""
-    found: dict[str, float] = {}
+def _changeable(config: DistillConfig) -> dict[str, Schedule]:
+    """What can be changed in any stage, and how the first stage that has it moves it."""
+    found: dict[str, Schedule] = {}
     for stage in config.stages:
-        found = initial_values(stage_config(config, stage)) | found
+        found = planned_values(stage_config(config, stage)) | found
     return found
 
 
-def _slider(field: str, value: float) -> "ipywidgets.Widget":
-    """A slider that reports when it is let go; the temperature counts in powers of two."""
+def _slider(field: str, schedule: Schedule) -> "ipywidgets.Widget":
+    """A slider that reports when it is let go; the temperature counts in powers of two, weights in forties of a range.
+
+    A term that is to weigh 0.05 at most needs finer steps than one that weighs 1.
+    """
     import ipywidgets
 
     shared = {
-        "value": value,
+        "value": schedule.start,
         "description": FIELD_NAMES[field],
         "continuous_update": False,
         "disabled": True,  # until a stage begins
         "readout_format": ".2f",
-        "style": {"description_width": "110px"},
+        "style": {"description_width": "130px"},
         "layout": ipywidgets.Layout(width="560px"),
     }
     if field == TEMPERATURE:
         return ipywidgets.FloatLogSlider(base=2, min=-1, max=4, step=0.05, **shared)
-    largest = 1.0 if field == THRESHOLD else max(2.0, 2 * value)
-    return ipywidgets.FloatSlider(min=0, max=largest, step=0.05, **shared)
+    if field == THRESHOLD:
+        return ipywidgets.FloatSlider(min=0, max=1, step=0.05, **shared)
+    is_small = schedule.largest < _SMALL_WEIGHT
+    most = 4 * schedule.largest if is_small else max(2.0, 2 * schedule.largest)
+    shared["readout_format"] = ".3f" if is_small else ".2f"
+    return ipywidgets.FloatSlider(min=0, max=most, step=most / 40, **shared)

@@ -6,6 +6,7 @@ items it counts; sums are divided by the number of items in the whole accumulati
 neither the size of a micro-batch nor the number of processes changes the gradient.
 """
 
+from copy import copy
 from functools import reduce
 from operator import or_
 
@@ -76,6 +77,17 @@ class Objective:
         every: tuple[Term, ...] = (*self.vocabulary_terms, *self.hidden_terms)
         self.terms = tuple(term for term in every if term.schedule.largest > 0)
         """The terms that the config gives a weight at any time of the stage."""
+
+    def only(self, name: str) -> "Objective":
+        """The same objective without any other term; its schedules stay those of this one.
+
+        Args:
+            name: one of `terms`.
+        """
+        alone = copy(self)
+        alone.terms = tuple(term for term in self.terms if term.name == name)
+        assert alone.terms
+        return alone
 
     @property
     def needs_teacher(self) -> bool:
