@@ -77,6 +77,11 @@ class KdConfig(Part):
         return self
 
     @property
+    def compares_ids(self) -> bool:
+        """Whether, where tokenizers differ, it has to be known which of their ids are the same."""
+        return self.across == "hybrid" and self.weight.largest > 0
+
+    @property
     def loss_arguments(self) -> dict[str, float]:
         """The arguments that were set, for the loss function."""
         given = {"alpha": self.alpha, "beta": self.beta}
@@ -109,7 +114,11 @@ class HiddenConfig(Part):
 
 
 class AttentionConfig(Part):
-    """Divergence between the attention maps of the last layers, unit by unit; both models in attention `eager`."""
+    """Divergence between the attention maps of the last layers, unit by unit; both models in attention `eager`.
+
+    A student whose config drops attention while it trains (GPT-2: attn_pdrop 0.1) is compared as it is then, each map
+    divided by its sum, which keeps the term above 0 even where the models agree: set the rate to 0 to be rid of that.
+    """
 
     weight: Weight = Schedule.model_validate(0.0)
     """Share of the total; 0 is off."""

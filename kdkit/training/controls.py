@@ -163,7 +163,8 @@ class Controls:
 def initial_values(config: DistillConfig) -> dict[str, float]:
     """What can be changed in a stage of this config, and what it is when the stage begins."""
     threshold = config.rollout.start_threshold if config.rollout.mode in CHANGEABLE_MODES else None
-    return _values(Objective(config.objective), threshold, Moment(0, 1))
+    every = Objective(config.objective, crosses=True)  # which has all terms, whatever the tokenizers turn out to be
+    return _values(every, threshold, Moment(0, 1))
 
 
 def _values(objective: Objective, threshold: float | None, moment: Moment) -> dict[str, float]:

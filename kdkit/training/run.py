@@ -141,7 +141,8 @@ class _Run:
         teacher = self._load_teacher() if settings.objective.needs_teacher else None
         vocab_size = match = None
         if teacher is not None and self.teacher_tokenizer is not None:
-            match = self._match(student, self.teacher_tokenizer)
+            compares_ids = settings.objective.kd.compares_ids
+            match = self._match(student, self.teacher_tokenizer) if compares_ids else None
         elif teacher is not None:
             vocab_size = teacher.vocab_size = self._shared_vocab_size(student)
         inputs = StageInputs(

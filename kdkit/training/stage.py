@@ -58,7 +58,7 @@ class StageInputs:
     vocab_size: int | None
     """Leading token ids that student and teacher share; None where their widths agree."""
     match: VocabularyMatch | None
-    """Ids of the two vocabularies that stand for the same bytes; None where there is one tokenizer."""
+    """Ids of the two vocabularies that stand for the same bytes; None where no term compares them."""
     teacher_tokenizer: PreTrainedTokenizerBase | None
     """The teacher's, where it is another one."""
     dense_student: bool
@@ -157,7 +157,7 @@ def describe_stage(config: DistillConfig, inputs: StageInputs, num_steps: int, r
     rows = optim.batch_size * optim.accumulation * processes
     terms = ", ".join(
         f"{term.name} {term.schedule.start:g}" + ("" if term.schedule.is_constant else f"..{term.schedule.end:g}")
-        for term in Objective(config.objective, match=inputs.match).terms
+        for term in _build_objective(config, inputs).terms
     )
     lines = [
         f"stage {name}: {num_steps} optimizer steps, warm-up {warmup} ({warmup / num_steps:.0%}), "
@@ -249,7 +249,7 @@ def _build_trainer(
 def _build_model(config: DistillConfig, inputs: StageInputs) -> DistillModel:
     """Student, objective and adapters, the latter taken over from an earlier stage where they fit."""
     seed_everything(config.seed)  # adapters start the same whether or not a stage ran before in this process
-    objective = Objective(config.objective, match=inputs.match)
+    objective = _build_objective(config, inputs)
     if isinstance(inputs.teacher, LiveTeacher):
         inputs.teacher.check(objective.views)
     model = DistillModel(
@@ -264,6 +264,10 @@ def _build_model(config: DistillConfig, inputs: StageInputs) -> DistillModel:
         _take_over(model.adapters, load_file(file))
     model.check_views()
     return model
+
+
+def _build_objective(config: DistillConfig, inputs: StageInputs) -> Objective:
+    return Objective(config.objective, crosses=inputs.teacher_tokenizer is not None, match=inputs.match)
 
 
 def _take_over(adapters: nn.ModuleDict, saved: Mapping[str, Tensor]) -> None:

@@ -57,17 +57,19 @@ class CrossKdTerm(KdTerm):
 
     counts: Item = "spans"
 
-    def __init__(self, config: KdConfig, match: VocabularyMatch) -> None:
+    def __init__(self, config: KdConfig, match: VocabularyMatch | None) -> None:
         super().__init__(config)
         self.match = match
+        """None where no ids are compared."""
 
     def head_term(
         self, batch: Batch, signal: TeacherSignal | CrossSignal | None, moment: Moment, coefficient: float
     ) -> HeadTerm:
         """The term as the head pass takes it."""
-        self.match = self.match.to(batch["positions"].device)
         compared = partial(uld, top_k=self.config.top_k)
-        if self.config.across == "hybrid":
+        if self.config.compares_ids:
+            assert self.match is not None
+            self.match = self.match.to(batch["positions"].device)
             compared = partial(hybrid, match=self.match, loss=self.loss, top_k=self.config.top_k)
         return CrossTerm(self.name, compared, weight=coefficient, temperature=self.temperature(moment))
 

@@ -47,19 +47,20 @@ class Objective:
 
     Args:
         config: the terms and their schedules.
-        match: which ids of two vocabularies stand for the same bytes; None where both models have one tokenizer.
+        crosses: whether the teacher has another tokenizer than the student.
+        match: which ids of their two vocabularies stand for the same bytes; None where kd compares no ids.
     Raises:
         UserError: a term compares spans, and there is one tokenizer.
     """
 
-    def __init__(self, config: ObjectiveConfig, *, match: VocabularyMatch | None = None) -> None:
-        if match is None and config.span.weight.largest > 0:
+    def __init__(self, config: ObjectiveConfig, *, crosses: bool = False, match: VocabularyMatch | None = None) -> None:
+        if not crosses and config.span.weight.largest > 0:
             raise UserError(
                 "objective.span compares the spans of two tokenizers, and teacher and student have one, so that kd "
                 "compares every token: set objective.span.weight=0 and give objective.kd a weight"
             )
         self.config = config
-        self.kd = KdTerm(config.kd) if match is None else CrossKdTerm(config.kd, match)
+        self.kd = CrossKdTerm(config.kd, match) if crosses else KdTerm(config.kd)
         self.vocabulary_terms: tuple[VocabularyTerm, ...] = (
             self.kd,
             LmTerm(config.lm),
@@ -140,7 +141,7 @@ class Objective:
         active = [term for term in self.terms if term.weight(moment) > 0]
         wanted = tuple(dict.fromkeys([*extras, *(name for term in active for name in term.extras)]))
         if self.config.kd.top_k is not None and isinstance(signal, DenseSignal | LiveSignal):
-            signal = SparseSignal(signal, self.config.kd.top_k)
+            signal = SparseSignal(signal, min(self.config.kd.top_k, signal.num_ids))
         passed = self._vocabulary_pass(active, student, batch, signal=signal, moment=moment, extras=wanted)
         loss, sums = passed.total, dict(passed.parts)
         statistics: dict[str, Tensor] = {}
