@@ -13,10 +13,8 @@ from kdkit.config import DistillConfig, load_config
 from kdkit.config.reading import stage_config
 from kdkit.data.batch import Batch, DistillCollator
 from kdkit.data.spans import tokenizer_relation
-from kdkit.data.vocabulary import matching_ids
 from kdkit.errors import UserError
 from kdkit.loading import check_head, head_width, load_model, load_teacher, load_tokenizer, shared_vocab_size
-from kdkit.losses import VocabularyMatch
 from kdkit.runtime import Preflight, preflight, preserved_rng_state
 from kdkit.teacher.cross import CrossSignal
 from kdkit.teacher.signal import TeacherSignal
@@ -24,9 +22,9 @@ from kdkit.teacher.sources import LiveTeacher
 from kdkit.training import checkpoint
 from kdkit.training.folder import CONFIG_FILE, RunFolder
 from kdkit.training.model import DistillModel
-from kdkit.training.objective import Moment, Objective, count_items
+from kdkit.training.objective import Across, Moment, Objective, count_items, relate_vocabularies
 from kdkit.training.rows import RunRows
-from kdkit.training.trainer import ADAPTERS_FILE
+from kdkit.training.saving import ADAPTERS_FILE
 
 NUM_ROWS = 8
 """Validation rows of the batch."""
@@ -123,7 +121,7 @@ class _Scene:
     config: DistillConfig
     machine: Preflight
     teacher: LiveTeacher | None
-    match: VocabularyMatch | None
+    across: Across | None
     vocab_size: int | None
     batch: Batch
 
@@ -150,7 +148,7 @@ class _Scene:
         ).eval()
         model = DistillModel(
             student,
-            Objective(self.config.objective, match=self.match),
+            Objective(self.config.objective, across=self.across),
             teacher=None if self.teacher is None else self.teacher.shape,
             vocab_size=self.vocab_size,
             dense=check_head(student) is not None,
@@ -178,19 +176,19 @@ def _load_scene(config: DistillConfig, run: RunFolder, *, num_rows: int) -> _Sce
         return _Scene(config, machine, None, None, None, batch)
     model = load_teacher(config.teacher, machine)
     student = load_model(run.model, dtype=torch.float32, device=machine.device)
-    match = vocab_size = None
+    across = vocab_size = None
     if other is None:
         vocab_size = shared_vocab_size(model, student, len(tokenizer), kind=kind)
     else:
-        ours, ids = (torch.tensor(found) for found in matching_ids(tokenizer, other))
-        match = VocabularyMatch(ours, ids, head_width(student), head_width(model))
+        widths = head_width(student), head_width(model)
+        across = relate_vocabularies(config.objective.kd, tokenizer, other, widths=widths)
     teacher = LiveTeacher(
         model,
         vocab_size=vocab_size,
         dense=check_head(model) is not None,
         chunk_tokens=config.objective.chunk_tokens,
     )
-    return _Scene(config, machine, teacher, match, vocab_size, batch)
+    return _Scene(config, machine, teacher, across, vocab_size, batch)
 
 
 def _checkpoints(stage: Path) -> list[Path]:

@@ -14,12 +14,11 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
-from kdkit.config import DistillConfig
+from kdkit.config import DistillConfig, KdConfig
 from kdkit.config.reading import stage_config
 from kdkit.data.batch import DistillCollator, teacher_view
 from kdkit.data.rows import Rows
 from kdkit.data.spans import tokenizer_relation
-from kdkit.data.vocabulary import byte_groups, matching_ids
 from kdkit.errors import UserError
 from kdkit.evaluation import Evaluation, GenerationSettings, evaluate_model, generate_answers, score_predictions
 from kdkit.loading import (
@@ -33,14 +32,13 @@ from kdkit.loading import (
     load_tokenizer,
     shared_vocab_size,
 )
-from kdkit.losses import GroupedIds, VocabularyGroups, VocabularyMatch
 from kdkit.runtime import Preflight, preflight, usable_dtype
 from kdkit.teacher.sources import LiveTeacher
 from kdkit.training import checkpoint
 from kdkit.training.card import model_card
 from kdkit.training.controls import Controls
 from kdkit.training.folder import RunFolder
-from kdkit.training.objective import Across
+from kdkit.training.objective import Across, relate_vocabularies
 from kdkit.training.progress import say
 from kdkit.training.rows import RunRows
 from kdkit.training.stage import StageInputs, run_stage
@@ -142,7 +140,7 @@ class _Run:
         teacher = self._load_teacher() if settings.objective.needs_teacher else None
         vocab_size = across = None
         if teacher is not None and self.teacher_tokenizer is not None:
-            across = self._across(student, self.teacher_tokenizer)
+            across = self._across(settings.objective.kd, student, self.teacher_tokenizer)
         elif teacher is not None:
             vocab_size = teacher.vocab_size = self._shared_vocab_size(student)
         inputs = StageInputs(
@@ -256,20 +254,15 @@ class _Run:
             self.tokenizer.pad_token_id, teacher_pad_token_id=None if other is None else other.pad_token_id
         )
 
-    def _across(self, student: PreTrainedModel, teacher_tokenizer: PreTrainedTokenizerBase) -> Across:
-        """How the ids of the two models relate: which are the same bytes, and which may begin the same text."""
-        own, theirs = matching_ids(self.tokenizer, teacher_tokenizer)
-        groups = byte_groups(self.tokenizer, teacher_tokenizer)
+    def _across(self, config: KdConfig, student: PreTrainedModel, teacher_tokenizer: PreTrainedTokenizerBase) -> Across:
+        """How the ids of the two models relate, as far as kd compares them."""
         widths = head_width(student), head_width(self._load_teacher().model)
-        say(
-            f"{len(own)} of the student's {len(self.tokenizer)} tokens are tokens of the teacher's too; "
-            f"{groups.num_groups} groups of tokens may begin the same text"
-        )
-        sides = [
-            GroupedIds(torch.tensor(side + [-1] * (width - len(side))), groups.num_groups)  # ids that no text makes
-            for side, width in zip((groups.student, groups.teacher), widths, strict=True)
-        ]
-        return Across(VocabularyMatch(torch.tensor(own), torch.tensor(theirs), *widths), VocabularyGroups(*sides))
+        across = relate_vocabularies(config, self.tokenizer, teacher_tokenizer, widths=widths)
+        if across.groups is not None:
+            say(f"kd compares {across.groups.student.num_groups} groups of tokens that may begin the same text")
+        if across.match is not None:
+            say(f"kd compares {len(across.match.student_ids)} of the student's {len(self.tokenizer)} tokens by id")
+        return across
 
     def _shared_vocab_size(self, student: PreTrainedModel) -> int | None:
         teacher = self._load_teacher().model

@@ -1,5 +1,6 @@
 """The loss of a step: named terms, their weights at this step, and their sum."""
 
+from kdkit.training.objective.across import Across, relate_vocabularies
 from kdkit.training.objective.terms import (
     ITEMS,
     PROJECTOR,
@@ -14,7 +15,6 @@ from kdkit.training.objective.terms import (
     build_projector,
     count_items,
 )
-from kdkit.training.objective.vocabulary import Across
 from kdkit.training.objective.weighted_sum import Objective
 
 __all__ = [
@@ -32,4 +32,5 @@ __all__ = [
     "VocabularyTerm",
     "build_projector",
     "count_items",
+    "relate_vocabularies",
 ]

@@ -53,17 +53,25 @@ class AttentionTerm(HiddenTerm):
         super().__init__(config.weight)
         self.config = config
 
-    def __call__(self, scene: Scene, moment: Moment) -> TermValue:
-        """Compare the maps of pairs of layers, from the last one down."""
-        ours, theirs = scene.student.attentions, scene.signal.features.attentions
-        assert ours is not None
-        assert theirs is not None
-        most = min(len(ours), len(theirs))
+    def build_adapters(self, student: ModelShape, teacher: ModelShape) -> dict[str, nn.Module]:
+        """None.
+
+        Raises:
+            UserError: more layers are asked for than the shallower model has.
+        """
+        most = min(student.num_layers, teacher.num_layers)
         if self.config.num_layers > most:
             raise UserError(
                 f"objective.attention.num_layers is {self.config.num_layers}, and the shallower model has {most} "
                 f"layers: give 1 to {most}"
             )
+        return {}
+
+    def __call__(self, scene: Scene, moment: Moment) -> TermValue:
+        """Compare the maps of pairs of layers, from the last one down."""
+        ours, theirs = scene.student.attentions, scene.signal.features.attentions
+        assert ours is not None
+        assert theirs is not None
         totals = [
             self._compare(scene, ours[-depth], theirs[-depth]).sum() for depth in range(1, self.config.num_layers + 1)
         ]

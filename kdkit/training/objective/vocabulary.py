@@ -1,9 +1,6 @@
 """Terms over what comes next: divergences, labels, and the likelihood of spans."""
 
-from dataclasses import dataclass
 from functools import partial
-
-import torch
 
 from kdkit.config import KdConfig, LmConfig, SpanConfig
 from kdkit.data.batch import Batch
@@ -13,8 +10,6 @@ from kdkit.losses import (
     DivergenceTerm,
     LabelTerm,
     SpanTerm,
-    VocabularyGroups,
-    VocabularyMatch,
     grouped,
     hybrid,
     span_likelihood,
@@ -25,6 +20,7 @@ from kdkit.losses.terms import Term as HeadTerm
 from kdkit.schedules import Schedule
 from kdkit.teacher.cross import CrossSignal
 from kdkit.teacher.signal import TeacherSignal
+from kdkit.training.objective.across import Across
 from kdkit.training.objective.terms import Item, Moment, VocabularyTerm, label_targets
 
 
@@ -55,18 +51,6 @@ class KdTerm(VocabularyTerm):
         return DivergenceTerm(self.name, self.loss, weight=coefficient, temperature=self.temperature(moment))
 
 
-@dataclass(frozen=True)
-class Across:
-    """How the ids of two vocabularies relate."""
-
-    match: VocabularyMatch
-    groups: VocabularyGroups
-
-    def to(self, device: torch.device) -> "Across":
-        """The same on a device."""
-        return Across(self.match.to(device), self.groups.to(device))
-
-
 class CrossKdTerm(KdTerm):
     """The same across two vocabularies, summed over the spans that both tokenizers agree on.
 
@@ -86,8 +70,10 @@ class CrossKdTerm(KdTerm):
         self.across = self.across.to(batch["positions"].device)
         compared: Loss
         if self.config.across == "grouped":
+            assert self.across.groups is not None
             compared = partial(grouped, groups=self.across.groups, loss=self.loss, top_k=self.config.top_k)
         elif self.config.across == "hybrid":
+            assert self.across.match is not None
             compared = partial(hybrid, match=self.across.match, loss=self.loss, top_k=self.config.top_k)
         else:
             compared = partial(uld, top_k=self.config.top_k)

@@ -21,6 +21,7 @@ from kdkit.losses import CrossTerm, HeadPassResult, LabelTerm, Spans, head_pass,
 from kdkit.losses.terms import Term as HeadTerm
 from kdkit.teacher.cross import CrossSignal
 from kdkit.teacher.signal import NO_VIEWS, DenseSignal, LiveSignal, SparseSignal, TeacherSignal, Views
+from kdkit.training.objective.across import Across
 from kdkit.training.objective.alignment import DtwTerm
 from kdkit.training.objective.features import (
     AttentionTerm,
@@ -38,7 +39,7 @@ from kdkit.training.objective.terms import (
     VocabularyTerm,
     label_targets,
 )
-from kdkit.training.objective.vocabulary import Across, CrossKdTerm, KdTerm, LmTerm, SpanLikelihoodTerm
+from kdkit.training.objective.vocabulary import CrossKdTerm, KdTerm, LmTerm, SpanLikelihoodTerm
 
 LABELS_ONLY = "labels_only"
 
@@ -152,7 +153,7 @@ class Objective:
         active = [term for term in self.terms if term.weight(moment) > 0]
         wanted = tuple(dict.fromkeys([*extras, *(name for term in active for name in term.extras)]))
         if self.config.kd.top_k is not None and isinstance(signal, DenseSignal | LiveSignal):
-            signal = SparseSignal(signal, self.config.kd.top_k)
+            signal = SparseSignal(signal, min(self.config.kd.top_k, signal.num_ids))
         passed = self._vocabulary_pass(active, student, batch, signal=signal, moment=moment, extras=wanted)
         loss, sums = passed.total, dict(passed.parts)
         statistics: dict[str, Tensor] = {}
