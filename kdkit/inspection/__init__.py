@@ -1,24 +1,45 @@
-"""A finished run looked at closely: its models on one prompt, what they find likely, how soft-DTW aligns them."""
+"""Models looked at closely: a finished run's on one prompt, and a teacher before any run.
+
+Of a run: what its models find likely, how soft-DTW aligns them. Of a teacher: its weights, experts and tokenizer.
+"""
 
 from kdkit.inspection.alignment import Alignment, AnswerUnits, alignment_of, read_units
 from kdkit.inspection.distributions import AnswerPositions, read_positions
+from kdkit.inspection.experts import WordExperts, expert_shares, gated_sum_errors, word_experts
 from kdkit.inspection.runs import RunModels, compare_answers, load_run_models
+from kdkit.inspection.sample import sample_batch, sample_rows
+from kdkit.inspection.spans import TokenizerPair, compare_tokenizers, pair_tokenizers, read_spans
 from kdkit.inspection.texts import choose_example, replayed_texts
 from kdkit.inspection.thresholds import load_traces, save_traces, threshold_traces
+from kdkit.inspection.weights import nf4_obstacle, precision_rows, read_config, weight_rows
 
 __all__ = [
     "Alignment",
     "AnswerPositions",
     "AnswerUnits",
     "RunModels",
+    "TokenizerPair",
+    "WordExperts",
     "alignment_of",
     "choose_example",
     "compare_answers",
+    "compare_tokenizers",
+    "expert_shares",
+    "gated_sum_errors",
     "load_run_models",
     "load_traces",
+    "nf4_obstacle",
+    "pair_tokenizers",
+    "precision_rows",
+    "read_config",
     "read_positions",
+    "read_spans",
     "read_units",
     "replayed_texts",
+    "sample_batch",
+    "sample_rows",
     "save_traces",
     "threshold_traces",
+    "weight_rows",
+    "word_experts",
 ]

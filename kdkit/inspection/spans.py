@@ -5,23 +5,13 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from kdkit.config import DistillConfig
 from kdkit.data.encoding import encode_responses
 from kdkit.data.spans import Offsets, TokenizerRelation, char_to_byte_offsets, shared_spans, tokenizer_relation
 from kdkit.data.vocabulary import matching_ids
 from kdkit.errors import UserError
-
-
-@dataclass(frozen=True)
-class Span:
-    """The smallest stretch of a text at whose both ends a token of either side ends."""
-
-    text: str
-    start_byte: int
-    end_byte: int
-    student_tokens: list[str]
-    teacher_tokens: list[str]
-    is_twin: bool
-    """One token on either side, of ids that stand for the same bytes: there the two vocabularies meet."""
+from kdkit.loading import load_tokenizer
+from kdkit.plots import SpanView
 
 
 @dataclass(frozen=True)
@@ -42,9 +32,31 @@ class TokenizerPair:
     """Spans that are one token of the same bytes on either side."""
 
 
+def pair_tokenizers(config: DistillConfig) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """The student's tokenizer and the teacher's, as a run of the config loads them.
+
+    Args:
+        config: of the run.
+    Returns:
+        Student's, teacher's; the same one twice where a student from scratch takes the teacher's.
+    Raises:
+        UserError: as `load_tokenizer`.
+    """
+    student, teacher = config.student, config.teacher
+    theirs = load_tokenizer(teacher.path, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
+    if student.from_scratch and student.tokenizer is None:
+        return theirs, theirs
+    own = load_tokenizer(
+        student.tokenizer or student.path,
+        revision=student.revision if student.tokenizer is None else None,
+        trust_remote_code=student.trust_remote_code,
+    )
+    return own, theirs
+
+
 def read_spans(
     text: str, student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase
-) -> list[Span]:
+) -> list[SpanView]:
     """The spans of a text, in order; together they are the text, byte for byte.
 
     Args:
@@ -98,7 +110,7 @@ def _cut(
     student_tokenizer: PreTrainedTokenizerBase,
     teacher_tokenizer: PreTrainedTokenizerBase,
     twins: set[tuple[int, int]],
-) -> list[Span]:
+) -> list[SpanView]:
     sides = [
         encode_responses([text], tokenizer, wants_offsets=True)[0]
         for tokenizer in (student_tokenizer, teacher_tokenizer)
@@ -107,20 +119,15 @@ def _cut(
     if not cut:
         raise UserError(f"a tokenizer has no token for the text {text!r}: give another one")
     edges: Offsets = list(zip([0, *cut.ends[:-1]], cut.ends, strict=True))
-    in_bytes = char_to_byte_offsets(text, edges).tolist()
     spans = []
-    for index, (start, end) in enumerate(edges):
-        ids, tokens = zip(
-            *(_within(text, side, own, index) for side, own in zip(sides, cut.ids, strict=True)), strict=True
-        )
-        is_twin = len(ids[0]) == len(ids[1]) == 1 and (ids[0][0], ids[1][0]) in twins
-        spans.append(Span(text[start:end], *in_bytes[index], *tokens, is_twin=is_twin))
+    for index, (start, end) in enumerate(char_to_byte_offsets(text, edges).tolist()):
+        student, teacher = (_within(text, side, own, index) for side, own in zip(sides, cut.ids, strict=True))
+        is_twin = len(student) == len(teacher) == 1 and (student[0][0], teacher[0][0]) in twins
+        spans.append(SpanView(start, end, [token for _, token in student], [token for _, token in teacher], is_twin))
     return spans
 
 
-def _within(
-    text: str, side: tuple[list[int], Offsets], span_ids: Sequence[int], index: int
-) -> tuple[list[int], list[str]]:
-    """Ids of a side in a span, and what each covers of the text; a piece of a character shows the whole of it."""
-    own = [at for at, span in enumerate(span_ids) if span == index]
-    return [side[0][at] for at in own], [text[slice(*side[1][at])] for at in own]
+def _within(text: str, side: tuple[list[int], Offsets], span_ids: Sequence[int], index: int) -> list[tuple[int, str]]:
+    """Each id of a side in a span, and what it covers of the text; a piece of a character shows the whole of it."""
+    ids, offsets = side
+    return [(ids[at], text[slice(*offsets[at])]) for at, span in enumerate(span_ids) if span == index]

@@ -58,7 +58,7 @@ def weight_rows(config: PreTrainedConfig) -> list[Row]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     packed = {id(weight) for weight in _packed_weights(model)}
-    rows = []
+    rows: list[Row] = []
     for dtype in (*DTYPE_BYTES, "nf4"):
         sizes = Counter(dict.fromkeys(PARTS, 0))
         for name, parameter in model.named_parameters():
@@ -82,7 +82,7 @@ def nf4_obstacle(machine: Preflight) -> str | None:
         machine: what `preflight` found.
     """
     if machine.device != "cuda":
-        return "there is no GPU, and kdkit packs weights for a GPU alone: on a CPU nf4 would only be slower"
+        return "there is no GPU: 4 bits are for a card's memory, and cost time in every layer"
     if machine.capability is not None and machine.capability < NF4_CAPABILITY:
         return f"nf4 needs compute capability {NF4_CAPABILITY[0]}.{NF4_CAPABILITY[1]}, and {machine.name} is older"
     if find_spec("bitsandbytes") is None:
@@ -116,7 +116,8 @@ def precision_rows(
     """
     if list(dtypes)[:1] != ["float32"]:
         raise UserError(f"the dtypes are {', '.join(dtypes) or 'none'}: float32 has to be the first, to compare with")
-    rows, exact = [], torch.empty(0)
+    rows: list[Row] = []
+    exact = torch.empty(0)
     for dtype in dtypes:
         is_packed = dtype == "nf4"
         model = load_model(

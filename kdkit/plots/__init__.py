@@ -7,16 +7,20 @@ so that none stays open.
 from kdkit.plots.alignment import plot_alignment
 from kdkit.plots.axes import METRICS, Row, figure_bytes
 from kdkit.plots.comparison import comparison_finding, intervals_over, plot_comparison
+from kdkit.plots.experts import plot_expert_shares, plot_word_experts
 from kdkit.plots.live import plot_live
 from kdkit.plots.rollout import plot_rollout
+from kdkit.plots.spans import SpanView, plot_spans
 from kdkit.plots.sweep import plot_sweep
 from kdkit.plots.temperature import TokenView, plot_temperature
 from kdkit.plots.threshold import plot_threshold
 from kdkit.plots.training import plot_evaluations, plot_training
+from kdkit.plots.weights import plot_weights
 
 __all__ = [
     "METRICS",
     "Row",
+    "SpanView",
     "TokenView",
     "comparison_finding",
     "figure_bytes",
@@ -24,10 +28,14 @@ __all__ = [
     "plot_alignment",
     "plot_comparison",
     "plot_evaluations",
+    "plot_expert_shares",
     "plot_live",
     "plot_rollout",
+    "plot_spans",
     "plot_sweep",
     "plot_temperature",
     "plot_threshold",
     "plot_training",
+    "plot_weights",
+    "plot_word_experts",
 ]

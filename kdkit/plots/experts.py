@@ -62,7 +62,8 @@ def plot_word_experts(words: Sequence[str], gates: np.ndarray, *, layers: Sequen
     """
     if gates.ndim != 3 or gates.shape[:2] != (len(layers), len(words)) or not gates.size:
         raise UserError(
-            f"the gates are {gates.shape} for {len(layers)} layers and {len(words)} words: give (layers, words, experts)"
+            f"the gates are {gates.shape} for {len(layers)} layers and {len(words)} words: "
+            "give (layers, words, experts)"
         )
     from matplotlib.figure import Figure
 
@@ -79,7 +80,7 @@ def plot_word_experts(words: Sequence[str], gates: np.ndarray, *, layers: Sequen
         range(len(words)), [_shown(word) for word in words], rotation=60, ha="right", parse_math=False
     )
     figure.colorbar(image, ax=list(panels), label="share of the word")
-    figure.suptitle(wrapped(_word_finding(words, gates), int(10 * figure.get_figwidth())))
+    figure.suptitle(wrapped(_word_finding(words, gates), int(9 * figure.get_figwidth())))
     return figure
 
 
@@ -88,8 +89,8 @@ def _share_finding(shares: Mapping[int, np.ndarray]) -> str:
     most = max(shares, key=lambda layer: shares[layer].max())
     least = min(shares, key=lambda layer: shares[layer].min())
     return (
-        f"An even share is {1 / len(shares[most]):.1%}: expert {shares[most].argmax()} of layer {most} gets "
-        f"{shares[most].max():.0%}, expert {shares[least].argmin()} of layer {least} {shares[least].min():.0%}"
+        f"An even share is {1 / len(shares[most]):.1%}; expert {shares[most].argmax()} of layer {most} gets "
+        f"{shares[most].max():.0%}, expert {shares[least].argmin()} of layer {least} gets {shares[least].min():.0%}"
     )
 
 
@@ -97,7 +98,7 @@ def _word_finding(words: Sequence[str], gates: np.ndarray) -> str:
     """How many experts a word meets, and how often words next to each other share their first."""
     first = gates.argmax(2)  # (L, W)
     used = np.mean([len(np.unique(row)) for row in first])
-    title = f"{len(words)} words have {used:.1f} of {gates.shape[2]} experts as their first, on average over layers"
+    title = f"In a layer, {len(words)} words have {used:.1f} of {gates.shape[2]} experts as their first on average"
     if len(words) == 1:
         return title
     return f"{title}; {(first[:, 1:] == first[:, :-1]).mean():.0%} of neighbours have the same one"

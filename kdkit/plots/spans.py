@@ -15,22 +15,19 @@ _LINE_CHARACTERS = 62
 _MAX_LINES = 8
 _LANES = {"teacher": 0.0, "bytes": 1.0, "student": 2.0}
 _LINE_HEIGHT = 3.9
+_GAP = 0.3
 
 
 @dataclass(frozen=True)
 class SpanView:
-    """One span as it is drawn."""
+    """The smallest stretch of a text at whose both ends a token of either side ends."""
 
     start_byte: int
-    teacher_tokens: Sequence[str]
-    student_tokens: Sequence[str]
+    end_byte: int
+    student_tokens: list[str]
+    teacher_tokens: list[str]
     is_twin: bool
-    """One token of the same bytes on either side."""
-
-    @property
-    def width(self) -> float:
-        """In characters: room for the tokens of the side that needs more."""
-        return max(_width(self.teacher_tokens), _width(self.student_tokens)) + 0.3
+    """One token on either side, of ids that stand for the same bytes: there the two vocabularies meet."""
 
 
 def plot_spans(spans: Sequence[SpanView]) -> "Figure":
@@ -68,7 +65,7 @@ def _lines(spans: Sequence[SpanView]) -> list[list[SpanView]]:
     """Spans broken into lines that fit."""
     lines: list[list[SpanView]] = [[]]
     for span in spans:
-        if lines[-1] and sum(other.width for other in lines[-1]) + span.width > _LINE_CHARACTERS:
+        if lines[-1] and sum(map(_span_width, lines[-1])) + _span_width(span) > _LINE_CHARACTERS:
             lines.append([])
         lines[-1].append(span)
     return lines
@@ -84,7 +81,7 @@ def _draw_line(axes: "Axes", line: Sequence[SpanView], top: float) -> None:
         _draw_tokens(axes, span.student_tokens, (x, top + _LANES["student"]), span)
         axes.text(x + 0.1, top + _LANES["bytes"] + 0.5, str(span.start_byte), va="center", fontsize=6.5, color=INK)
         axes.plot([x, x], [top, top + 3.0], color=FAINT, linewidth=0.8)
-        x += span.width
+        x += _span_width(span)
     axes.plot([x, x], [top, top + 3.0], color=FAINT, linewidth=0.8)
 
 
@@ -93,7 +90,7 @@ def _draw_tokens(axes: "Axes", tokens: Sequence[str], corner: tuple[float, float
     from matplotlib.patches import Rectangle
 
     x, y = corner
-    stretch = (span.width - 0.3) / max(_width(tokens), 1)
+    stretch = (_span_width(span) - _GAP) / max(_width(tokens), 1)
     for token in tokens:
         width = _width([token]) * stretch
         colour = BLUE if span.is_twin else ORANGE
@@ -104,12 +101,21 @@ def _draw_tokens(axes: "Axes", tokens: Sequence[str], corner: tuple[float, float
 
 
 def _finding(spans: Sequence[SpanView], *, num_hidden: int) -> str:
-    tokens = [sum(len(side) for side in sides) for sides in zip(*((s.student_tokens, s.teacher_tokens) for s in spans))]
+    """How many tokens and spans there are, and how many spans are one token on either side."""
+    student, teacher = (
+        sum(len(tokens) for tokens in side)
+        for side in ([span.student_tokens for span in spans], [span.teacher_tokens for span in spans])
+    )
     title = (
-        f"{tokens[0]} tokens of the student's and {tokens[1]} of the teacher's meet in {len(spans)} spans; "
+        f"{student} tokens of the student's and {teacher} of the teacher's meet in {len(spans)} spans; "
         f"{sum(span.is_twin for span in spans) / len(spans):.0%} are one token of the same bytes on either side"
     )
     return f"{title} ({num_hidden} more lines not shown)" if num_hidden else title
+
+
+def _span_width(span: SpanView) -> float:
+    """In characters: room for the tokens of the side that needs more."""
+    return max(_width(span.teacher_tokens), _width(span.student_tokens)) + _GAP
 
 
 def _width(tokens: Sequence[str]) -> float:

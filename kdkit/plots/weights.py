@@ -33,7 +33,7 @@ def plot_weights(models: Mapping[str, Sequence[Row]]) -> "Figure":
     for axes, (name, rows) in zip(panels, models.items(), strict=True):
         _draw(axes, name, rows)
     panels[0].legend(loc="lower right", frameon=False, title="weights of")
-    figure.suptitle(wrapped(" ".join(_finding(name, rows) for name, rows in models.items())))
+    figure.suptitle("\n".join(wrapped(_finding(name, rows)) for name, rows in models.items()))
     return figure
 
 
@@ -65,7 +65,9 @@ def _finding(name: str, rows: Sequence[Row]) -> str:
         return f"{name}: {_total(rows[0]) / _GIB:.2g} GiB in {rows[0]['dtype']}."
     half = by_dtype["float16"]
     packed, experts = _total(by_dtype["nf4"]) / _total(half), (number(half, "experts") or 0.0) / _total(half)
-    return f"{name}: nf4 leaves {packed:.0%} of float16; {experts:.0%} of it are experts."
+    if not experts:
+        return f"{name}: nf4 takes {packed:.0%} of float16"
+    return f"{name}: nf4 still takes {packed:.0%} of float16, as the experts, {experts:.0%}, stay as they are"
 
 
 def _total(row: Row) -> float:
