@@ -124,10 +124,11 @@ from kdkit.notebook import show
 from kdkit.plots import plot_weights
 
 REAL = "huihui-ai/Huihui-MoE-1B-A0.6B"
-LAYERS = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 8}
-EXPERTS = {"num_experts": 8, "moe_intermediate_size": 1280, "vocab_size": 151_936, "tie_word_embeddings": True}
+LAYERS = {"num_hidden_layers": 24, "hidden_size": 1024, "vocab_size": 151_936, "tie_word_embeddings": True}
+ATTENTION = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
+EXPERTS = {"num_experts": 8, "moe_intermediate_size": 1280}
 reachable = session.has_internet or find_model(REAL) is not None
-real = read_config(REAL) if reachable else Qwen3MoeConfig(**LAYERS, **EXPERTS)
+real = read_config(REAL) if reachable else Qwen3MoeConfig(**LAYERS, **ATTENTION, **EXPERTS)
 name = "Huihui-MoE-1B" if reachable else "A 1 B MoE of its class"
 embedded = read_config(demo_folder() / "moe_teacher")
 show(plot_weights({"The embedded MoE teacher": weight_rows(embedded), name: weight_rows(real)}))
@@ -228,18 +229,19 @@ del teacher  # the run loads its own
 # shared ones can be compared. **different**: id 500 is one word here and another there; comparing
 # them, or cutting the longer vocabulary, teaches nonsense without an error. It is proved on texts, not
 # taken from names. Three pairs: the embedded dense teacher and its student, the same with a reserved
-# token added, and the pair above.
+# token added to the student's, and the pair above.
 
 # %%
 from kdkit.data.spans import tokenizer_relation
 
 dense = load_config({"preset": ["demo", "fkl"]})
-padded, theirs = pair_tokenizers(dense)[0], pair_tokenizers(dense)[1]
-print("dense teacher and student:", tokenizer_relation(theirs, padded))
-padded = pair_tokenizers(dense)[0]
+(own, theirs), (padded, _) = pair_tokenizers(dense), pair_tokenizers(dense)
 padded.add_special_tokens({"additional_special_tokens": ["<reserved_0>"]})
-print("with a reserved token:", tokenizer_relation(theirs, padded))
-print(f"{PAIR}:", tokenizer_relation(teacher_tokenizer, student_tokenizer))
+compared = {"dense teacher": (theirs, own), "a reserved token": (theirs, padded)}
+compared[PAIR] = (teacher_tokenizer, student_tokenizer)
+for name, (a, b) in compared.items():
+    relation = tokenizer_relation(a, b)
+    print(f"{name}: {relation.kind}; {relation.evidence}")
 
 # %% [markdown]
 # ### Where the two meet
@@ -277,7 +279,7 @@ before = start_or_resume(load_config(sft, [*COMMON, *quiet, "data.test=null"]), 
 # %%
 from_before = [f"student.path={before.model}", "student.from_scratch=false"]
 distil = {"preset": [PAIR, "fkl"], "optim": {"max_steps": STEPS}}
-few = ["evaluation.teacher=true", "evaluation.generate_rows=20", "data.validation_rows=50"]
+few = ["evaluation.teacher=true", "data.validation_rows=50"]
 after = start_or_resume(load_config(distil, [*COMMON, *few, *from_before]), RUN / "after", session=session)
 
 # %% [markdown]

@@ -28,12 +28,13 @@ def plot_weights(models: Mapping[str, Sequence[Row]]) -> "Figure":
         raise UserError("there are no weights to draw: give at least one model with a row for each dtype")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 0.9 + 1.75 * len(models)), layout="constrained")
+    figure = Figure(figsize=(7.2, 1.0 + 1.75 * len(models)), layout="constrained")
     panels = figure.subplots(len(models), 1, squeeze=False)[:, 0]
     for axes, (name, rows) in zip(panels, models.items(), strict=True):
         _draw(axes, name, rows)
-    panels[0].legend(loc="lower right", frameon=False, title="weights of")
-    figure.suptitle("\n".join(wrapped(_finding(name, rows)) for name, rows in models.items()))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.suptitle(wrapped(_finding(models)))
     return figure
 
 
@@ -58,16 +59,17 @@ def _draw(axes: "Axes", name: str, rows: Sequence[Row]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _finding(name: str, rows: Sequence[Row]) -> str:
-    """What 4 bits leave of half precision, and why."""
-    by_dtype = {row["dtype"]: row for row in rows}
-    if not {"float16", "nf4"} <= by_dtype.keys():
-        return f"{name}: {_total(rows[0]) / _GIB:.2g} GiB in {rows[0]['dtype']}."
-    half = by_dtype["float16"]
-    packed, experts = _total(by_dtype["nf4"]) / _total(half), (number(half, "experts") or 0.0) / _total(half)
-    if not experts:
-        return f"{name}: nf4 takes {packed:.0%} of float16"
-    return f"{name}: nf4 still takes {packed:.0%} of float16, as the experts, {experts:.0%}, stay as they are"
+def _finding(models: Mapping[str, Sequence[Row]]) -> str:
+    """What 4 bits leave of half precision, and how much of that is not packed."""
+    by_dtype = [{row["dtype"]: row for row in rows} for rows in models.values()]
+    if not all({"float16", "nf4"} <= rows.keys() for rows in by_dtype):
+        return "; ".join(f"{name} has {_total(rows[0]) / _GIB:.2g} GiB" for name, rows in models.items())
+    left = [_total(rows["nf4"]) / _total(rows["float16"]) for rows in by_dtype]
+    experts = [(number(rows["nf4"], "experts") or 0.0) / _total(rows["nf4"]) for rows in by_dtype]
+    title = f"nf4 takes {' and '.join(f'{share:.0%}' for share in left)} of float16"
+    if not any(experts):
+        return title
+    return f"{title}; {' and '.join(f'{share:.0%}' for share in experts)} of that are experts, which it does not pack"
 
 
 def _total(row: Row) -> float:
