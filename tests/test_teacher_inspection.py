@@ -110,9 +110,7 @@ class TestNf4Obstacle:
 
 class TestPrecisionRows:
     def test_errors_are_those_of_a_loop_over_rows(self, config, batch, teacher):
-        exact, half = precision_rows(
-            config.teacher.path, batch, replace(preflight(), device="cpu"), dtypes=("float32", "bfloat16")
-        )
+        exact, half = precision_rows(config.teacher.path, batch, ON_CPU, dtypes=("float32", "bfloat16"))
         assert (exact["largest_error"], exact["mean_kl"], exact["same_top_fraction"]) == (0, 0, 1)
         rough = load_model(config.teacher.path, dtype=torch.bfloat16, device="cpu")
         logits = []
