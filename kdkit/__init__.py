@@ -11,7 +11,8 @@ The map, in the order in which a run uses it:
                 `rollout`, the student's own text; `sweep`, one config over values and seeds
     evaluation  ROUGE-L, exact match, perplexity, with confidence intervals
     plots       figures from plain rows;  report: one HTML page per run
-    inspection  a finished run's models on one prompt, and how they align;  notebook: what notebooks call
+    inspection  a finished run's models on one prompt, and a teacher's dtype, experts and tokenizer before one
+    notebook    what notebooks call
     widgets     sliders over the above, with a static figure where nobody can move one
     runtime     what this machine can do;  loading: models and tokenizers, dtype always explicit
     kaggle      from a checkout to its notebooks on Kaggle

@@ -273,6 +273,47 @@ class TestDistillNotebook:
         assert not [o for o in outputs(again) if o.output_type == "error" or o.get("name") == "stderr"]
 
 
+LOADING = ROOT / "notebooks" / "02_teacher_loading.py"
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """The notebook on choosing a teacher at its smallest size."""
+    folder = tmp_path_factory.mktemp("loading")
+    yield execute(LOADING, folder, size="smoke")
+    shutil.rmtree(folder)
+
+
+class TestTeacherLoadingNotebook:
+    def test_nothing_is_red_and_nothing_warns(self, loaded):
+        assert not [o for o in outputs(loaded) if o.output_type == "error" or o.get("name") == "stderr"]
+        assert not re.search(r"warning", printed(loaded), re.IGNORECASE)
+
+    def test_its_figures_are_weights_experts_words_spans_and_the_run(self, loaded):
+        titles = [o.metadata["image/png"]["alt"] for o in outputs(loaded) if "image/png" in o.get("data", {})]
+        telling = ["nf4 takes", "An even share", "experts as their first", "meet in", "distill, 3 steps: ", "ROUGE-L"]
+        assert len(titles) == len(telling)
+        assert all(words in title for words, title in zip(telling, titles, strict=True))
+
+    def test_its_three_pairs_are_one_of_each_kind(self, loaded):
+        for pair, kind in {"dense teacher": "same", "a reserved token": "padded", "demo-moe": "different"}.items():
+            assert f"{pair}: {kind}; " in printed(loaded)
+
+    def test_each_dtype_is_tried_and_what_is_left_out_is_said(self, loaded):
+        rows = [line.split() for line in printed(loaded).splitlines() if re.match(r" *b?float\d+ +True ", line)]
+        assert [row[0] for row in rows] == ["float32", "float16", "bfloat16"]
+        assert float(rows[0][2]) == 0 < float(rows[1][2]) < float(rows[2][2])
+        assert "4 bits (nf4): left out, there is no GPU" in printed(loaded)
+
+    @pytest.mark.slow
+    def test_the_default_takes_less_than_five_minutes_and_the_student_learns(self, tmp_path):
+        started = time.monotonic()
+        notebook = execute(LOADING, tmp_path, size="5 minutes")
+        assert time.monotonic() - started < SECONDS_OF_THE_DEFAULT
+        titles = [o.metadata["image/png"]["alt"] for o in outputs(notebook) if "image/png" in o.get("data", {})]
+        assert "closes" in titles[-1]
+
+
 GENERATION = ROOT / "notebooks" / "05_student_generation.py"
 
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from kdkit.errors import UserError
 from kdkit.plots import (
+    SpanView,
     ablation_finding,
     comparison_finding,
     figure_bytes,
@@ -17,12 +18,16 @@ from kdkit.plots import (
     plot_alignment,
     plot_comparison,
     plot_evaluations,
+    plot_expert_shares,
     plot_gradients,
     plot_rollout,
     plot_schedule,
+    plot_spans,
     plot_sweep,
     plot_terms,
     plot_training,
+    plot_weights,
+    plot_word_experts,
 )
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -552,3 +557,102 @@ class TestPlotSweep:
     def test_nothing_measured_is_refused(self):
         with pytest.raises(UserError, match="no run of the sweep has rouge_l"):
             plot_sweep(self.CELLS[3:], x="a.threshold")
+
+
+class TestPlotWeights:
+    ROWS = (
+        {"dtype": "float16", "embeddings": 2 * 2**30, "experts": 6 * 2**30, "other": 2 * 2**30},
+        {"dtype": "nf4", "embeddings": 2 * 2**30, "experts": 6 * 2**30, "other": 2**29},
+    )
+
+    def test_bars_are_the_parts_one_after_the_other(self):
+        figure = plot_weights({"a model": self.ROWS})
+        assert_draws(figure)
+        (axes,) = figure.axes
+        drawn = [[(bar.get_x(), bar.get_width()) for bar in container] for container in axes.containers]
+        assert drawn == [[(0, 2), (0, 2)], [(2, 6), (2, 6)], [(8, 2), (8, 0.5)]]
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["float16", "nf4"]
+        assert axes.get_xlabel() == "GiB of weights"
+
+    def test_title_tells_what_4_bits_leave_and_why(self):
+        assert title(plot_weights({"a model": self.ROWS})) == (
+            "nf4 takes 85% of float16; 71% of that are experts, which it does not pack"
+        )
+        dense = [{**row, "experts": 0} for row in self.ROWS]
+        assert title(plot_weights({"a": dense, "b": dense})) == "nf4 takes 62% and 62% of float16"
+
+    def test_nothing_is_refused(self):
+        with pytest.raises(UserError, match="no weights to draw"):
+            plot_weights({})
+
+
+class TestPlotExpertShares:
+    def test_cells_are_shares_against_an_even_one_and_the_title_has_the_extremes(self):
+        figure = plot_expert_shares({1: np.array([0.5, 0.3, 0.2]), 4: np.array([0.1, 0.1, 0.8])})
+        assert_draws(figure)
+        axes = figure.axes[0]
+        np.testing.assert_allclose(axes.get_images()[0].get_array(), [[1.5, 0.9, 0.6], [0.3, 0.3, 2.4]])
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "4"]
+        assert [text.get_text() for text in axes.texts][:3] == ["50%", "30%", "20%"]
+        assert title(figure) == "An even share is 33.3%; expert 2 of layer 4 gets 80%, expert 0 of layer 4 gets 10%"
+
+    def test_nothing_is_refused(self):
+        with pytest.raises(UserError, match="no shares of experts"):
+            plot_expert_shares({})
+
+
+class TestPlotWordExperts:
+    GATES = np.array([[[1.0, 0.0], [0.7, 0.3], [0.0, 1.0]]])
+
+    def test_a_panel_for_each_layer_and_a_column_for_each_word(self):
+        figure = plot_word_experts(["a", "b$", "c"], self.GATES, layers=[3])
+        assert_draws(figure)
+        axes = figure.axes[0]
+        np.testing.assert_array_equal(axes.get_images()[0].get_array(), self.GATES[0].T)
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b$", "c"]
+        assert axes.get_ylabel() == "layer 3\nexpert"
+        assert title(figure) == (
+            "In a layer, 3 words have 2.0 of 2 experts as their first on average; 50% of neighbours have the same one"
+        )
+
+    def test_words_beyond_the_width_are_left_out(self):
+        figure = plot_word_experts(["w"] * 50, np.full((2, 50, 4), 0.25), layers=[0, 1])
+        assert figure.axes[0].get_images()[0].get_array().shape == (4, 30)
+        assert title(figure).startswith("In a layer, 30 words")
+
+    def test_gates_that_do_not_fit_are_refused(self):
+        with pytest.raises(UserError, match="for 1 layers and 2 words"):
+            plot_word_experts(["a", "b"], self.GATES, layers=[3])
+
+
+class TestPlotSpans:
+    SPANS = (
+        SpanView(0, 3, ["The"], ["The"], is_twin=True),
+        SpanView(3, 10, [" riv", "er\n"], [" river\n"], is_twin=False),
+    )
+
+    def test_tokens_of_both_sides_stand_above_one_another_with_their_bytes(self):
+        figure = plot_spans(self.SPANS)
+        assert_draws(figure)
+        (axes,) = figure.axes
+        at = {text.get_text(): text.get_position() for text in axes.texts}
+        assert at["␣river⏎"][1] == 0.5
+        assert at["␣riv"][1] == at["er⏎"][1] == 2.5
+        assert at["0"][0] < at["3"][0] < at["␣riv"][0] < at["␣river⏎"][0] < at["er⏎"][0]
+        colours = [patch.get_facecolor() for patch in axes.patches]
+        assert len(colours) == 5
+        assert colours[0] == colours[1] != colours[2] == colours[4]
+        assert title(figure) == (
+            "3 tokens of the student's and 2 of the teacher's meet in 2 spans; 50% are one token of the same bytes on "
+            "either side"
+        )
+
+    def test_no_line_is_too_long_and_what_is_left_out_is_said(self):
+        figure = plot_spans(self.SPANS * 200)
+        right = max(patch.get_x() + patch.get_width() for patch in figure.axes[0].patches)
+        assert right <= figure.axes[0].get_xlim()[1]
+        assert "more lines not shown" in title(figure)
+
+    def test_nothing_is_refused(self):
+        with pytest.raises(UserError, match="no spans to draw"):
+            plot_spans([])
