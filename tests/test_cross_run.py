@@ -17,7 +17,7 @@ from kdkit.data.batch import teacher_view
 from kdkit.errors import UserError
 from kdkit.teacher.sources import LiveTeacher
 from kdkit.training import checkpoint
-from kdkit.training.controls import initial_values
+from kdkit.training.controls import planned_values
 from kdkit.training.rollout import TEXTS_FILE, Rollout, unpack_texts
 from kdkit.training.rollout.building import teacher_scores
 from kdkit.training.rows import RunRows
@@ -353,5 +353,5 @@ class TestRefusals:
 
 
 def test_controls_know_every_term_before_the_tokenizers_are_read():
-    values = initial_values(cross_config())
+    values = planned_values(cross_config())
     assert [name for name in values if name.endswith(".weight")] == [f"objective.{name}.weight" for name in EVERY_TERM]
