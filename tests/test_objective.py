@@ -19,9 +19,11 @@ from crossing import (
     tokenizer_of,
 )
 from torch import Tensor
+from transformers import AutoTokenizer
 
-from kdkit.config import ObjectiveConfig, load_config
+from kdkit.config import ObjectiveConfig, demo_folder, load_config
 from kdkit.data.batch import teacher_view
+from kdkit.data.vocabulary import byte_groups
 from kdkit.losses import LOSSES, GroupedIds, VocabularyGroups, VocabularyMatch
 from kdkit.losses.alignment import alignment_loss, pool_units
 from kdkit.teacher.sources import LiveTeacher
@@ -229,6 +231,14 @@ class TestKd:
         few, gradient = kd_of(pair, {"loss": loss, "top_k": 8})
         assert few != pytest.approx(dense[0], rel=1e-3)
         assert 0.0 < gradient.norm() < float("inf")
+
+
+class TestAcross:
+    def test_groups_have_the_same_numbers_whenever_they_are_made(self):
+        """Their order is that of sums, so that a resumed run differed in the last digits from an uninterrupted one."""
+        folders = (demo_folder() / META_SPACE, demo_folder() / BYTES)
+        made = [byte_groups(*(AutoTokenizer.from_pretrained(folder) for folder in folders)) for _ in range(3)]
+        assert made[0] == made[1] == made[2]
 
 
 class TestDtw:

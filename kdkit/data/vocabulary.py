@@ -222,10 +222,11 @@ def _parts_of(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
 
 
 def _ordinary_tokens(tokenizer: "PreTrainedTokenizerBase", parts: dict[str, Any]) -> dict[str, int]:
-    """Token -> id of the model's own vocabulary, without added tokens and the unknown token."""
+    """Token -> id of the model's own vocabulary, by id, without added tokens and the unknown token."""
     model = parts["model"]
     left_out = {added["id"] for added in parts["added_tokens"]} | {model.get("unk_id")}
-    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    unordered = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)  # as a hash table has it, each time anew
+    vocabulary = dict(sorted(unordered.items(), key=lambda item: item[1]))
     return {
         token: index for token, index in vocabulary.items() if index not in left_out and token != model.get("unk_token")
     }
