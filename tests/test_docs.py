@@ -44,7 +44,7 @@ def exported(tree):
 def imported_from(tree, name):
     """The module that a module takes a name from, or None where it defines the name."""
     for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and name in {alias.name for alias in node.names}:
+        if isinstance(node, ast.ImportFrom) and name in {alias.asname or alias.name for alias in node.names}:
             return node.module
     return None
 

@@ -21,6 +21,7 @@ text; rows with a unit."""
 
 
 ITEMS: tuple[Item, ...] = get_args(Item)
+"""Every kind of item."""
 PROJECTOR = "projector"
 """The adapter that brings the student's last hidden states into the teacher's space; all terms share it."""
 
