@@ -22,7 +22,7 @@ from kdkit.losses.head_pass import _BLOCK_ENTRIES_ELSEWHERE
 from kdkit.runtime import GIB
 from kdkit.teacher.sources import LiveTeacher
 from kdkit.training.model import DistillModel
-from kdkit.training.objective import Objective
+from kdkit.training.objective import Across, Objective
 
 STUDENT = {
     "vocab_size": 49_152,
@@ -139,8 +139,10 @@ def peaks(shapes: Shapes, objective: dict, *, is_fake: bool) -> dict[str, int]:
         student = LlamaForCausalLM(LlamaConfig(**shapes.student, attn_implementation="eager"))
         config = Qwen3MoeConfig(**shapes.teacher, attn_implementation="eager")
         teacher = LiveTeacher(Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16))
-        config = load_config({"preset": ["demo-moe", "student-aware"], "objective": objective}).objective
-        terms = Objective(config, crosses=True, match=match)
+        config = load_config(
+            {"preset": ["demo-moe", "student-aware"], "objective": {**objective, "kd": {"across": "hybrid"}}}
+        ).objective
+        terms = Objective(config, across=Across(match=match))
         model = DistillModel(student, terms, teacher=teacher.shape).train()
         found = {}
         for name, module in (("teacher", teacher.model), ("student", student), ("adapters", model.adapters)):

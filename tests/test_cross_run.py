@@ -345,7 +345,7 @@ class TestRefusals:
     def test_uld_runs_where_nobody_knows_what_the_ids_stand_for(self, tmp_path):
         """Its own advice: a tokenizer that cannot be read is told to use uld."""
         unknown = mock.Mock(side_effect=UserError("what its tokens stand for is not known"))
-        with mock.patch("kdkit.training.run.matching_ids", unknown):
+        with mock.patch("kdkit.training.objective.across.byte_groups", unknown):
             uld = {"kd": {"weight": 1.0, "across": "uld"}, "lm": {"weight": 0.5}}
             run_distillation(cross_config(objective=uld, max_steps=1), tmp_path / "run")
             with pytest.raises(UserError, match="not known"):

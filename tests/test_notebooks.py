@@ -370,7 +370,7 @@ class TestCurriculumNotebook:
     def test_it_shows_the_schedule_the_terms_their_gradients_and_the_ablation(self, taught):
         titles = [o.metadata["image/png"]["alt"] for o in outputs(taught) if "image/png" in o.get("data", {})]
         schedule, terms, gradients, ablation = (title.replace("\n", " ") for title in titles)
-        assert schedule.startswith("From the start kd, lm; after 10 % of the steps hidden, attention; after 40 %")
+        assert schedule.startswith("From the start kd, lm, span; after 10 % of the steps hidden, attention; after 40 %")
         assert terms.endswith("of the loss")
         assert "of the gradients' norms" in gradients
         assert "one seed each" in ablation
@@ -378,7 +378,7 @@ class TestCurriculumNotebook:
     def test_shares_of_loss_and_gradients_are_whole(self, taught):
         lines = [line.split() for line in printed(taught).splitlines()]
         shares = {words[0]: words[2:4] for words in lines if len(words) == 5 and words[2].endswith("%")}
-        assert list(shares) == ["kd", "lm", "hidden", "attention", "layerwise", "contrastive", "routing"]
+        assert list(shares) == ["kd", "lm", "span", "hidden", "attention", "layerwise", "contrastive", "routing"]
         for place in (0, 1):
             assert sum(float(pair[place].rstrip("%")) for pair in shares.values()) == pytest.approx(100, abs=0.4)
 

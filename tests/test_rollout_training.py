@@ -342,7 +342,7 @@ class TestRefusals:
         steps = {"num_steps": 1, "num_warmup_steps": 0, "references": list, "collator": None}
         objective = {"kd": {"weight": 1.0}, "dtw": {"weight": 1.0}}
         with mock.patch.object(tokenizer, "decode", return_value="withoutspaces"):
-            with pytest.raises(UserError, match=r"does not give back 'The quick brown fox.*dtw\.unit=token"):
+            with pytest.raises(UserError, match=r"does not give back 'The quick brown fox.*objective\.unit=token"):
                 build_rollout(mixed_config(pair, objective=objective), tokenizer=tokenizer, teacher=teacher, **steps)
             tokens = mixed_config(pair, "objective.unit=token", objective=objective)
             assert build_rollout(tokens, tokenizer=tokenizer, teacher=teacher, **steps) is not None
