@@ -19,13 +19,23 @@ from kdkit.training.folder import CONFIG_FILE
 from kdkit.training.run import RunResult, run_distillation
 from kdkit.training.stopping import StopRequest
 
-NUM_STEPS = 250
 NAMES = {"sft": "SFT student", "kd": "KD student", "kd_dtw": "KD + DTW student"}
-PAIRS = {
-    False: {"base": "demo", "answers": "${demo}/teacher_answers.jsonl"},
-    True: {"base": "demo-moe", "answers": "${demo}/moe_teacher_answers.jsonl"},
-}
-"""By whether teacher and student have different tokenizers: the preset of models and rows, the teacher's answers."""
+
+
+@dataclass(frozen=True)
+class DemoPair:
+    """A teacher and a student of the embedded default."""
+
+    preset: str
+    """Of models and rows."""
+    answers: str
+    """The teacher's own, to all prompts."""
+    num_steps: int
+    """Optimizer steps of each student; a deeper one that compares bytes takes more to get anywhere."""
+
+
+ONE_TOKENIZER = DemoPair("demo", "${demo}/teacher_answers.jsonl", 250)
+TWO_TOKENIZERS = DemoPair("demo-moe", "${demo}/moe_teacher_answers.jsonl", 400)
 
 
 @dataclass(frozen=True)
@@ -52,29 +62,29 @@ def run_demo(
     Raises:
         UserError, RunFailed, Interrupted: as `run_distillation`.
     """
-    results = {
-        name: _run(name, tree, output, resume=resume, stop=stop) for name, tree in _plan(PAIRS[cross_tokenizer]).items()
-    }
+    pair = TWO_TOKENIZERS if cross_tokenizer else ONE_TOKENIZER
+    results = {name: _run(name, tree, output, resume=resume, stop=stop) for name, tree in _plan(pair).items()}
     comparison: list[dict[str, float | str | None]] = [{"model": "teacher", **results["sft"].evaluations["teacher"]}]
     comparison += [
-        {"model": label, "steps": NUM_STEPS, **results[name].evaluations["student"]} for name, label in NAMES.items()
+        {"model": label, "steps": pair.num_steps, **results[name].evaluations["student"]}
+        for name, label in NAMES.items()
     ]
     report = write_comparison_report(output, {name: results[name].folder for name in NAMES}, comparison)
     return DemoResult(comparison, report)
 
 
-def _plan(pair: dict[str, str]) -> dict[str, dict[str, JsonValue]]:
+def _plan(pair: DemoPair) -> dict[str, dict[str, JsonValue]]:
     """The runs, in order, each as what it lays over the preset `demo`."""
-    optim: dict[str, JsonValue] = {"max_steps": NUM_STEPS}
+    optim: dict[str, JsonValue] = {"max_steps": pair.num_steps}
     answers: dict[str, JsonValue] = {
-        "train": pair["answers"],
+        "train": pair.answers,
         "train_rows": None,
         "train_template": "{instruction}",
     }
     return {
-        "sft": {"preset": [pair["base"], "sft"], "optim": optim, "evaluation": {"teacher": True}},
-        "kd": {"preset": [pair["base"], "fkl"], "optim": optim, "data": answers},
-        "kd_dtw": {"preset": [pair["base"], "fkl-dtw"], "optim": optim, "data": answers},
+        "sft": {"preset": [pair.preset, "sft"], "optim": optim, "evaluation": {"teacher": True}},
+        "kd": {"preset": [pair.preset, "fkl"], "optim": optim, "data": answers},
+        "kd_dtw": {"preset": [pair.preset, "fkl-dtw"], "optim": optim, "data": answers},
     }
 
 
