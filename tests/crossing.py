@@ -164,7 +164,7 @@ def batch_of(
     unit: str = "word",
 ) -> Batch:
     """A batch of the demo's rows."""
-    collate = DistillCollator(own.pad_token_id, teacher_pad_token_id=None if theirs is None else theirs.pad_token_id)
+    collate = DistillCollator.of(own, theirs)
     return collate(rows_of(own, theirs, unit)[skip : skip + num_rows])
 
 

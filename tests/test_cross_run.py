@@ -329,6 +329,13 @@ class TestRefusals:
         assert not list(tmp_path.rglob("checkpoint-*"))
         assert not any(file.read_text() for file in tmp_path.rglob("metrics.jsonl"))
 
+    def test_a_term_that_the_tokenizers_do_not_allow_leaves_no_folder(self, tmp_path):
+        """The run had made its folder by then, and the next try was told to resume it."""
+        one = ("student.path=${demo}/student", "student.tokenizer=${demo}/moe_teacher", "objective.span.weight=1")
+        with pytest.raises(UserError, match=r"objective\.span compares the spans of two tokenizers"):
+            run_distillation(cross_config(*one, objective={"kd": {"weight": 1.0}}), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
     def test_no_weight_at_all_is_refused_as_the_config_is_read(self):
         with pytest.raises(UserError, match="every term has the weight 0"):
             cross_config(objective={"kd": {"weight": 0}})

@@ -112,7 +112,7 @@ def build_trainer(
         return encode_rows(loaded, tokenizer, unit=config.objective.unit, **lengths).dataset
 
     teacher = None
-    if objective.needs_teacher:
+    if config.objective.needs_teacher:
         teacher = LiveTeacher(load_model(config.teacher.path, dtype=torch.float32, device="cpu"))
     student = load_model(config.student.path, dtype=torch.float32, device="cpu", trainable=True)
     torch.manual_seed(config.seed)

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NotRequired, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NOT_COUNTED = -100  # the Trainer's label of a token that is not predicted
 NO_UNIT = -1
@@ -75,6 +78,14 @@ class DistillCollator:
     pad_token_id: int
     pad_to_multiple_of: int | None = None
     teacher_pad_token_id: int | None = None
+
+    @classmethod
+    def of(
+        cls, tokenizer: "PreTrainedTokenizerBase", teacher_tokenizer: "PreTrainedTokenizerBase | None" = None
+    ) -> "DistillCollator":
+        """Pads as the tokenizers do; the teacher's is given where it is another one."""
+        theirs = None if teacher_tokenizer is None else teacher_tokenizer.pad_token_id
+        return cls(tokenizer.pad_token_id, teacher_pad_token_id=theirs)
 
     def __call__(self, rows: Sequence[EncodedRow]) -> Batch:
         """Right-pads B rows to T tokens.

@@ -167,9 +167,7 @@ def _load_scene(config: DistillConfig, run: RunFolder, *, num_rows: int) -> _Sce
     kind = tokenizer_relation(tokenizer, theirs).kind
     other = theirs if kind == "different" else None
     rows = RunRows(tokenizer, other).encoded("validation", config).dataset
-    collator = DistillCollator(
-        tokenizer.pad_token_id, teacher_pad_token_id=None if other is None else other.pad_token_id
-    )
+    collator = DistillCollator.of(tokenizer, other)
     batch = collator([rows[index] for index in range(min(num_rows, len(rows)))])
     batch = send_to_device(batch, machine.device)
     if not config.objective.needs_teacher:

@@ -79,7 +79,8 @@ def load_run_models(folder: str | Path) -> RunModels:
     )
     students: dict[StudentName, PreTrainedModel] = {"before": before, "student": load_student(run.model)}
     projectors = _load_projectors(run, config, machine.device)
-    own, theirs = load_tokenizer(run.model), load_tokenizer(config.teacher.path, revision=config.teacher.revision)
+    teacher, own = config.teacher, load_tokenizer(run.model)
+    theirs = load_tokenizer(teacher.path, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
     other = theirs if tokenizer_relation(own, theirs).kind == "different" else None
     return RunModels(config, own, load_teacher(config.teacher, machine), students, projectors, other)
 

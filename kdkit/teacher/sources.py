@@ -95,7 +95,8 @@ class LiveTeacher:
         if views.experts is None:
             return
         layer, num_experts = views.experts
-        has = self.shape.num_experts if self._moe_layer(layer) in self._blocks else 0
+        self._moe_layer(layer)
+        has = self.shape.num_experts
         if has is not None and num_experts > has:
             raise UserError(
                 f"objective.routing.num_experts goes up to {num_experts}, and the teacher has {has} experts in a layer"

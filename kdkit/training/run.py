@@ -38,7 +38,7 @@ from kdkit.training import checkpoint
 from kdkit.training.card import model_card
 from kdkit.training.controls import Controls
 from kdkit.training.folder import RunFolder
-from kdkit.training.objective import Across, relate_vocabularies
+from kdkit.training.objective import Across, Objective, relate_vocabularies
 from kdkit.training.progress import say
 from kdkit.training.rows import RunRows
 from kdkit.training.stage import StageInputs, run_stage
@@ -119,6 +119,10 @@ class _Run:
         # One process measures while the others wait: longer than torch's ten minutes.
         self.processes = PartialState(cpu=self.machine.device == "cpu", timeout=timedelta(hours=4))
         self.tokenizer = self._load_tokenizers()
+        across = None if self.teacher_tokenizer is None else Across()
+        for name in self.config.stages:  # refuses terms that do not go with these tokenizers
+            Objective(stage_config(self.config, name).objective, across=across)
+        self.collator = DistillCollator.of(self.tokenizer, self.teacher_tokenizer)
         self.rows = RunRows(self.tokenizer, self.teacher_tokenizer)
         used = self.rows.describe({name: stage_config(self.config, name) for name in self.config.stages})
         if self.processes.is_main_process:
@@ -149,7 +153,7 @@ class _Run:
             teacher=teacher,
             train_rows=self.rows.encoded("train", settings).dataset,
             eval_rows=self.rows.encoded("validation", settings).dataset,
-            collator=self._collator(),
+            collator=self.collator,
             generate=None if settings.evaluation.generate_rows == 0 else self._generate_with(settings),
             references=lambda: self.rows.read("train", settings).dataset["references"],
             vocab_size=vocab_size,
@@ -242,17 +246,11 @@ class _Run:
             if self.teacher_tokenizer is not None:
                 check_tokenizer_fits(model, self.teacher_tokenizer)
             rows = self.rows.encoded("train", self.config).dataset
-            first = self._collator()([rows[i] for i in range(min(4, len(rows)))])
+            first = self.collator([rows[i] for i in range(min(4, len(rows)))])
             check_finite_logits(model, teacher_view(first))
             chunk_tokens = self.config.objective.chunk_tokens
             self._teacher = LiveTeacher(model, dense=_needs_dense_path(model, "teacher"), chunk_tokens=chunk_tokens)
         return self._teacher
-
-    def _collator(self) -> DistillCollator:
-        other = self.teacher_tokenizer
-        return DistillCollator(
-            self.tokenizer.pad_token_id, teacher_pad_token_id=None if other is None else other.pad_token_id
-        )
 
     def _across(self, config: KdConfig, student: PreTrainedModel, teacher_tokenizer: PreTrainedTokenizerBase) -> Across:
         """How the ids of the two models relate, as far as kd compares them."""

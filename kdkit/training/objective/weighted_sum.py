@@ -91,11 +91,6 @@ class Objective:
         return alone
 
     @property
-    def needs_teacher(self) -> bool:
-        """Whether any term of the stage looks at a teacher."""
-        return any(term.needs_teacher for term in self.terms)
-
-    @property
     def views(self) -> Views:
         """What the terms look at of the models' inside at any time of the stage."""
         return reduce(or_, (term.views for term in self.terms), NO_VIEWS)
