@@ -150,6 +150,47 @@ def cache(config: str, overrides: tuple[str, ...], output: Path, generate: bool,
 
 @cli.command()
 @click.argument("config")
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field; repeatable.")
+@click.option("--gpu", help="A card: t4, t4x2, p100, l4, a10, ...  [default: this machine's, else t4]")
+@click.option("--budget-gib", type=float, metavar="GIB", help="A card of this memory, whatever it is.")
+@click.option("--fit", is_flag=True, help="Propose the fastest settings that fit.")
+@click.option("--exact", is_flag=True, help="Count the peak on a step without values: up to a minute.")
+@click.option("--measured", type=click.Path(path_type=Path), metavar="RUN", help="Take the speed of this run's folder.")
+@click.option("--figure", type=click.Path(path_type=Path, dir_okay=False), help="Write the stacked bars as PNG or SVG.")
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the proposal of --fit as YAML.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON on stdout.")
+def plan(
+    config: str,
+    overrides: tuple[str, ...],
+    gpu: str | None,
+    budget_gib: float | None,
+    fit: bool,
+    exact: bool,
+    measured: Path | None,
+    figure: Path | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Will CONFIG fit on a card, what takes the room, and how long will it take? No weights are loaded."""
+    from kdkit.config import load_config
+    from kdkit.memory.command import PlanRequest, answer_plan
+
+    if gpu is not None and budget_gib is not None:
+        raise click.UsageError("give either --gpu or --budget-gib")
+    if output is not None and not fit:
+        raise click.UsageError("--output writes what --fit proposes: add --fit")
+    request = PlanRequest(gpu, budget_gib, fit=fit, exact=exact, measured=measured, figure=figure, output=output)
+    answer = answer_plan(load_config(config, overrides), request)
+    if as_json:
+        click.echo(json.dumps(answer.as_json, indent=1))
+    else:
+        answer.show()
+    if not answer.fits:
+        raise RunFailed("it does not fit" + ("" if fit else "; --fit proposes what does"))
+
+
+@cli.command()
+@click.argument("config")
 @click.option("--over", "axes", multiple=True, required=True, metavar="FIELD=V1,V2,...", help="Values; repeatable.")
 @click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Seeds for each combination.")
 @click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field; repeatable.")

@@ -10,6 +10,7 @@ from kdkit.plots.comparison import comparison_finding, intervals_over, plot_comp
 from kdkit.plots.curriculum import ablation_finding, plot_ablation, plot_gradients, plot_schedule
 from kdkit.plots.experts import plot_expert_shares, plot_word_experts
 from kdkit.plots.live import plot_live
+from kdkit.plots.memory import CardBars, memory_finding, plot_memory
 from kdkit.plots.rollout import plot_rollout
 from kdkit.plots.spans import SpanView, plot_spans
 from kdkit.plots.sweep import plot_sweep
@@ -21,6 +22,7 @@ from kdkit.plots.weights import plot_weights
 
 __all__ = [
     "METRICS",
+    "CardBars",
     "Row",
     "SpanView",
     "TokenView",
@@ -28,6 +30,7 @@ __all__ = [
     "comparison_finding",
     "figure_bytes",
     "intervals_over",
+    "memory_finding",
     "plot_ablation",
     "plot_alignment",
     "plot_comparison",
@@ -35,6 +38,7 @@ __all__ = [
     "plot_expert_shares",
     "plot_gradients",
     "plot_live",
+    "plot_memory",
     "plot_rollout",
     "plot_schedule",
     "plot_spans",

@@ -1,0 +1,138 @@
+"""`kdkit plan`: from its options to what it prints and writes."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from kdkit.config import DistillConfig
+from kdkit.errors import UserError
+from kdkit.memory.cards import CARDS, Card, card_here, card_of_budget, find_card
+from kdkit.memory.fit import Fit, as_settings, fit_run
+from kdkit.memory.planning import Pair, RunPlan, plan_run
+from kdkit.memory.showing import plan_bars, plan_json, plan_lines, plan_table
+from kdkit.runtime import GIB
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What is asked of a plan."""
+
+    gpu: str | None = None
+    budget_gib: float | None = None
+    fit: bool = False
+    exact: bool = False
+    measured: Path | None = None
+    figure: Path | None = None
+    output: Path | None = None
+
+    def card(self) -> Card:
+        """The card that is meant.
+
+        Raises:
+            UserError: nobody knows its name, or the budget is not above 0.
+        """
+        if self.budget_gib is not None:
+            return card_of_budget(self.budget_gib)
+        if self.gpu is not None:
+            return find_card(self.gpu)
+        return card_here() or CARDS["t4"]
+
+
+@dataclass(frozen=True)
+class PlanAnswer:
+    """A plan, what `--fit` proposes and what `--exact` counted."""
+
+    plan: RunPlan
+    fit: Fit | None = None
+    counted: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def fits(self) -> bool:
+        """Whether what is proposed fits, or else what was planned."""
+        return True if self.fit is not None else self.plan.fits
+
+    @property
+    def as_json(self) -> dict[str, object]:
+        """For programs."""
+        answer = plan_json(self.plan)
+        if self.fit is not None:
+            answer["fit"] = {
+                "changes": self.fit.changes,
+                "given_up": list(self.fit.given_up),
+                "plan": plan_json(self.fit.plan),
+            }
+        return answer | ({"exact": self.counted} if self.counted else {})
+
+    def show(self) -> None:
+        """Print it for people: tables and sentences on stdout."""
+        from rich.console import Console
+
+        console = Console(width=None if Console().is_terminal else 110, highlight=False)
+        console.print(plan_table(self.plan.worst))
+        for line in [*plan_lines(self.plan), *self._exact_lines(), *self._fit_lines()]:
+            console.print(line, soft_wrap=True, markup=False)
+
+    def _exact_lines(self) -> list[str]:
+        if not self.counted:
+            return []
+        return [str(self.counted["line"])]
+
+    def _fit_lines(self) -> list[str]:
+        if self.fit is None:
+            return []
+        if not self.fit.changes:
+            return ["nothing to change: the settings fit, and none that train the same are faster"]
+        worst = self.fit.plan.worst
+        step = next(iter(self.fit.plan.speeds.values())).step_seconds
+        lines = [
+            f"proposal: --set {as_settings(self.fit.changes).replace(' ', ' --set ')}",
+            f"  {worst.peak_bytes / GIB:.1f} of {worst.card.memory_gib:.1f} GiB, {step:.2f} s an optimizer step",
+        ]
+        if self.fit.given_up:
+            lines.append(f"  for that: {'; '.join(self.fit.given_up)}")
+        return lines
+
+
+def answer_plan(config: DistillConfig, request: PlanRequest) -> PlanAnswer:
+    """Plan a run as asked, and write what is to be written.
+
+    Args:
+        config: the run.
+        request: the command's options.
+    Returns:
+        The answer, to be shown.
+    Raises:
+        UserError: a card, a model's config or a folder is not what it should be; nothing fits.
+    """
+    card, pair = request.card(), Pair.of(config)
+    plan = plan_run(config, card, pair=pair, measured=request.measured)
+    fit = fit_run(config, card, pair=pair) if request.fit else None
+    answer = PlanAnswer(plan, fit)
+    if request.figure is not None:
+        _write(request.figure, lambda: _figure(plan if fit is None else fit.plan, request.figure))
+    if request.output is not None and fit is not None:
+        _write(request.output, lambda: yaml.safe_dump(fit.patch(), sort_keys=False).encode())
+    return answer
+
+
+def _figure(plan: RunPlan, path: Path | None) -> bytes:
+    """The bars as a file's content, in the kind that its name ends in."""
+    from kdkit.plots import figure_bytes, plot_memory
+
+    assert path is not None
+    kind = path.suffix.lstrip(".").lower()
+    if kind not in ("png", "svg"):
+        raise UserError(f"--figure {path}: give a name that ends in .png or .svg")
+    return figure_bytes(plot_memory(plan_bars(plan.worst)), kind)
+
+
+def _write(path: Path, content: Callable[[], bytes]) -> None:
+    """A whole file or none."""
+    data = content()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(path.name + ".part")
+    staged.write_bytes(data)
+    os.replace(staged, path)

@@ -1,0 +1,395 @@
+"""The peak of a distillation step by named part, from two configs and the run's settings: nothing is loaded.
+
+A run is a few phases, each with parts that are alive at its worst moment; the peak is the largest sum. What stays over
+all phases (weights, optimizer states) is in each of them.
+"""
+
+from dataclasses import dataclass, field
+
+from kdkit.config import DistillConfig
+from kdkit.memory.activations import (
+    HALF,
+    SINGLE,
+    backward_bytes,
+    kept_bytes,
+    kv_cache_bytes,
+    passing_bytes,
+)
+from kdkit.memory.cards import Card
+from kdkit.memory.sizes import ModelSizes
+from kdkit.runtime import GIB
+
+CONTEXT_BYTES = round(0.45 * GIB)
+"""What CUDA, its libraries' kernels and cuBLAS' workspace take of a card before the first tensor."""
+SLACK_FRACTION = 0.05
+"""Of what comes and goes: blocks that the allocator holds and cannot use, by rounding and in between others."""
+NF4_BYTES = 0.5 + SINGLE / 64
+"""A weight in NF4: half a byte, and one float32 scale for 64 of them."""
+BLOCK_BYTES = 2**22 * SINGLE
+"""Entries of the logits that the losses take at a time on a card, float32."""
+NUM_BLOCKS = 9
+"""Tensors of that size alive at once: log-probabilities of both sides, the loss's own, gradients."""
+NUM_DTW_MATRICES = 6
+"""Tensors (3B, U, U) float32 alive at once in soft-DTW's divergence: costs, alignment, gradient."""
+NUM_DTW_STATES = 8
+"""Tensors (B, U, H) float32 alive at once beside them: pooled, projected, normalised states of both sides."""
+
+Parts = dict[str, int]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by part for every phase of a run, on the student's card and on the teacher's own where it has one."""
+
+    card: Card
+    precision: str
+    """Of the student's products."""
+    phases: dict[str, Parts]
+    """Phase -> part -> bytes, on the student's card."""
+    beside: dict[str, Parts] = field(default_factory=dict)
+    """The same on the teacher's own card; empty where it shares the student's."""
+    notes: tuple[str, ...] = ()
+    """What the reader has to know."""
+
+    @property
+    def peak_phase(self) -> str:
+        """In which the student's card is fullest."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def parts(self) -> Parts:
+        """What is there at the peak."""
+        return self.phases[self.peak_phase]
+
+    @property
+    def peak_bytes(self) -> int:
+        """On the student's card."""
+        return sum(self.parts.values())
+
+    @property
+    def beside_bytes(self) -> int:
+        """The peak on the teacher's own card; 0 where it shares the student's."""
+        return max((sum(parts.values()) for parts in self.beside.values()), default=0)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """The peak without context and slack: what `--exact` counts."""
+        return max(
+            sum(size for part, size in parts.items() if part not in (CONTEXT, SLACK)) for parts in self.phases.values()
+        )
+
+    @property
+    def used_fraction(self) -> float:
+        """Of the fuller card."""
+        return max(self.peak_bytes, self.beside_bytes) / self.card.memory_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether no card runs out."""
+        return self.used_fraction <= 1
+
+
+CONTEXT, SLACK = "CUDA context", "allocator slack"
+WEIGHTS_OF_TEACHER, WEIGHTS_OF_STUDENT = "teacher weights", "student weights"
+
+
+def estimate_memory(
+    config: DistillConfig, *, teacher: ModelSizes, student: ModelSizes, card: Card, precision: str | None = None
+) -> MemoryPlan:
+    """The plan of a config's stage on a card.
+
+    The worst batch is assumed: every row as long as `data.max_length`, one token of it prompt, each token a unit.
+
+    Args:
+        config: the run, or one stage of it.
+        teacher: the teacher's sizes.
+        student: the student's sizes.
+        card: on which it is to run.
+        precision: of the student's products; None: what the config says, for this card.
+    Returns:
+        `MemoryPlan`.
+    """
+    return _Estimate(config, teacher, student, card, precision or _resolved(config.optim.precision, card)).plan()
+
+
+def _resolved(asked: str, card: Card) -> str:
+    return card.precision if asked == "auto" else asked
+
+
+def _number(dtype: str) -> int:
+    return SINGLE if dtype == "float32" else HALF
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """One config on one card, while it is added up."""
+
+    config: DistillConfig
+    teacher: ModelSizes
+    student: ModelSizes
+    card: Card
+    precision: str
+
+    def plan(self) -> MemoryPlan:
+        """All phases."""
+        phases: dict[str, Parts] = {}
+        beside: dict[str, Parts] = {}
+        held = self._held()
+        if self._needs_teacher:
+            target, own = (beside, self._teacher_weights()) if self._is_beside else (phases, held)
+            target["teacher"] = own | self._accumulated(on_student=not self._is_beside) | self._teacher_pass()
+            if self._is_beside:
+                target["evaluation"] = own | self._teacher_pass(self.config.evaluation.batch_size)
+        phases["student"] = held | self._accumulated() | self._waiting() | {"divergence": self._head_pass_bytes()}
+        phases["terms"] = held | self._accumulated() | self._waiting() | self._held_by_head() | self._terms()
+        phases["backward"] = held | self._backward()
+        phases["optimizer"] = held | {"gradients": self._gradient_bytes, "optimizer step": self._foreach_bytes()}
+        phases["evaluation"] = held | self._evaluation()
+        if self.config.rollout.is_on:
+            phases["rollout"] = held | self._generation(
+                rows=self.config.optim.batch_size,
+                length=self.config.data.max_prompt_length + self.config.rollout.max_new_tokens,
+                number=self._number,
+            )
+        return MemoryPlan(
+            self.card,
+            self.precision,
+            {name: self._on_a_card(parts) for name, parts in phases.items()},
+            {name: self._on_a_card(parts) for name, parts in beside.items()},
+            tuple(self._notes()),
+        )
+
+    # ---- what the config says ----
+
+    @property
+    def _needs_teacher(self) -> bool:
+        return self.config.objective.needs_teacher
+
+    @property
+    def _is_beside(self) -> bool:
+        """Whether the teacher has a card of its own."""
+        return self.config.teacher.device not in ("auto", "cuda", "cuda:0")
+
+    @property
+    def _number(self) -> int:
+        """Bytes of a number in the student's products."""
+        return _number(self.precision)
+
+    @property
+    def _teacher_number(self) -> int:
+        return _number(_resolved(self.config.teacher.dtype, self.card))
+
+    @property
+    def _rows(self) -> int:
+        return self.config.optim.batch_size
+
+    @property
+    def _length(self) -> int:
+        return self.config.data.max_length
+
+    @property
+    def _num_tokens(self) -> int:
+        return self._rows * self._length
+
+    @property
+    def _gradient_bytes(self) -> int:
+        return SINGLE * (self.student.num_params + self._adapter_params)
+
+    @property
+    def _adapter_params(self) -> int:
+        """The projector from the student's to the teacher's width."""
+        weights = self.config.objective.weights
+        projects = any(weights[name].largest > 0 for name in ("dtw", "hidden", "contrastive", "routing"))
+        both = self.student.hidden * self.teacher.hidden + self.teacher.hidden
+        pairs = 0
+        if weights["layerwise"].largest > 0:
+            fewest = min(self.student.num_layers, self.teacher.num_layers)
+            pairs = self.config.objective.layerwise.num_pairs or fewest
+        return both * ((1 if projects else 0) + pairs)
+
+    # ---- what stays ----
+
+    def _held(self) -> Parts:
+        params = self.student.num_params
+        trained = params + self._adapter_params
+        parts = {} if self._is_beside or not self._needs_teacher else self._teacher_weights()
+        parts[WEIGHTS_OF_STUDENT] = SINGLE * params
+        parts["adapters"] = SINGLE * self._adapter_params
+        parts["optimizer states"] = 2 * SINGLE * trained
+        if self.config.optim.optimizer == "adamw_8bit":
+            in_32_bits = self.student.embedding_params + self._adapter_params
+            parts["optimizer states"] = 2 * (trained - in_32_bits) + 2 * SINGLE * in_32_bits
+        if self.config.optim.ema is not None:
+            parts["average of the weights"] = SINGLE * trained
+        return parts
+
+    def _teacher_weights(self) -> Parts:
+        sizes, number = self.teacher, self._teacher_number
+        packed = sizes.product_params - sizes.stacked_params
+        size = {None: float(number), "nf4": NF4_BYTES, "int8": 1.0}[self.config.teacher.quantization]
+        return {WEIGHTS_OF_TEACHER: round(packed * size) + (sizes.num_params - packed) * number}
+
+    def _accumulated(self, *, on_student: bool = True) -> Parts:
+        """Gradients of the micro-batches before."""
+        return {"gradients": self._gradient_bytes} if on_student and self.config.optim.accumulation > 1 else {}
+
+    # ---- the teacher's pass ----
+
+    def _teacher_pass(self, rows: int | None = None) -> Parts:
+        rows = rows or self._rows
+        return {"teacher's pass": self._teacher_passing(rows) + self._signal_bytes(rows)}
+
+    def _teacher_passing(self, rows: int) -> int:
+        passing = passing_bytes(
+            self.teacher,
+            num_rows=rows,
+            length=self._length,
+            number=self._teacher_number,
+            attention=self.config.teacher.attention or "sdpa",
+            all_layers=self.config.objective.layerwise.weight.largest > 0,
+        )
+        if self.config.teacher.quantization is not None:  # one product at a time is unpacked
+            passing += self._teacher_number * self.teacher.hidden * self.teacher.intermediate
+        return passing
+
+    def _signal_bytes(self, rows: int) -> int:
+        """States of all tokens, those of the counted ones, and what else the terms look at."""
+        weights, sizes = self.config.objective.weights, self.teacher
+        states = 2 * rows * self._length * sizes.hidden * self._teacher_number
+        if weights["layerwise"].largest > 0:
+            states += rows * self._length * sizes.hidden * self._teacher_number * sizes.num_layers
+        if weights["attention"].largest > 0:
+            maps = rows * sizes.num_heads * self._length**2 * self._teacher_number
+            states += maps * sizes.num_layers
+        return states
+
+    # ---- the student's pass ----
+
+    def _waiting(self) -> Parts:
+        """What a forward pass leaves for the backward pass, before any loss."""
+        parts = {
+            "student's activations": kept_bytes(
+                self.student,
+                num_rows=self._rows,
+                length=self._length,
+                number=self._number,
+                attention=self.config.student.attention or "sdpa",
+                repeats_kv=not (self.card.has_flash_attention and self._number == HALF),
+                checkpointing=self.config.student.gradient_checkpointing,
+            )
+        }
+        if self._number == HALF:
+            layers = 1 / self.student.num_layers if self.config.student.gradient_checkpointing else 1
+            parts["half-precision copies"] = round(HALF * self.student.product_params * layers)
+        if self._needs_teacher and not self._is_beside:
+            parts["teacher's signal"] = self._signal_bytes(self._rows)
+        return parts
+
+    @property
+    def _head_gradient_bytes(self) -> int:
+        return SINGLE * self.student.vocab_size * self.student.hidden
+
+    def _held_by_head(self) -> Parts:
+        """Gradients by the head's inputs and weight, which its pass has formed already."""
+        return {"divergence": self._head_gradient_bytes + SINGLE * self._num_tokens * self.student.hidden}
+
+    def _head_pass_bytes(self) -> int:
+        """The chunked pass at its fullest: the head's copy, a chunk's logits on both sides, blocks in float32."""
+        chunk = min(self.config.objective.chunk_tokens, self._num_tokens)
+        width = self.student.vocab_size
+        head = width * self.student.hidden * self._number
+        logits = chunk * width * self._number
+        if self._needs_teacher:
+            logits += chunk * self.teacher.vocab_size * self._teacher_number
+        copies = (head + head) if self._number == HALF else 0  # the weight's, and of each chunk's gradient by it
+        blocks = min(BLOCK_BYTES, chunk * width * SINGLE) * NUM_BLOCKS
+        rows = SINGLE * self._num_tokens * self.student.hidden
+        return self._held_by_head()["divergence"] + copies + logits + blocks + rows
+
+    def _terms(self) -> Parts:
+        """What the terms over hidden states have alive beside the activations."""
+        weights, parts = self.config.objective.weights, {}
+        states = SINGLE * self._num_tokens * self.teacher.hidden
+        if weights["dtw"].largest > 0:
+            matrices = 3 * self._rows * self._length**2 * SINGLE * NUM_DTW_MATRICES
+            parts["dtw"] = matrices + NUM_DTW_STATES * states
+        others = [name for name in ("hidden", "routing") if weights[name].largest > 0]
+        size = len(others) * 4 * states
+        if weights["contrastive"].largest > 0:
+            size += 3 * SINGLE * self._num_tokens**2 + 4 * states
+        if weights["layerwise"].largest > 0:
+            size += 4 * states * self.student.num_layers
+        if weights["attention"].largest > 0:
+            size += 3 * SINGLE * self._rows * self.student.num_heads * self._length**2
+        if size:
+            parts["feature terms"] = size
+        return parts
+
+    # ---- the way back, the optimizer's step, evaluation ----
+
+    def _backward(self) -> Parts:
+        """The fuller of its two ends: all activations and the head's gradient, or all gradients."""
+        waiting = sum(self._waiting().values())
+        head = self._head_gradient_bytes
+        working = backward_bytes(self.student, num_tokens=self._num_tokens, number=self._number)
+        before = self._gradient_bytes if self.config.optim.accumulation > 1 else 0
+        start = {**self._accumulated(), **self._waiting(), "divergence": 2 * head, "backward": working}
+        end_gradients = max(self._gradient_bytes, before)
+        if waiting + 2 * head + before >= end_gradients + head:
+            return start
+        return {"gradients": end_gradients, "backward": working + head}
+
+    def _foreach_bytes(self) -> int:
+        """AdamW over lists of tensors makes one list of temporaries as large as the parameters."""
+        return self._gradient_bytes if self.config.optim.optimizer == "adamw_torch" else 0
+
+    def _evaluation(self) -> Parts:
+        """The fuller of answering rows and of measuring the objective, without gradients."""
+        evaluation, data = self.config.evaluation, self.config.data
+        answering = self._generation(
+            rows=min(evaluation.batch_size, evaluation.generate_rows or evaluation.batch_size),
+            length=data.max_prompt_length + evaluation.max_new_tokens,
+            number=SINGLE,
+        )
+        rows = evaluation.batch_size
+        seeing = passing_bytes(
+            self.student,
+            num_rows=rows,
+            length=self._length,
+            number=SINGLE,
+            attention=self.config.student.attention or "sdpa",
+        )
+        measuring = {"student's activations": seeing}
+        if self._needs_teacher and not self._is_beside:
+            measuring |= self._teacher_pass(rows)
+        own = {} if self.config.optim.ema is None else {"weights set aside": SINGLE * self.student.num_params}
+        if evaluation.generate_rows == 0:
+            return own | measuring
+        return own | max(answering, measuring, key=lambda parts: sum(parts.values()))
+
+    def _generation(self, *, rows: int, length: int, number: int) -> Parts:
+        prompt = min(length, self.config.data.max_prompt_length)
+        seeing = passing_bytes(self.student, num_rows=rows, length=prompt, number=SINGLE, attention="sdpa")
+        logits = 3 * rows * self.student.vocab_size * SINGLE
+        cache = kv_cache_bytes(self.student, num_rows=rows, length=length, number=number)
+        return {"KV cache": cache, "generation": seeing + logits}
+
+    # ---- around it ----
+
+    def _on_a_card(self, parts: Parts) -> Parts:
+        """With context and slack; empty parts left out."""
+        stays = (WEIGHTS_OF_TEACHER, WEIGHTS_OF_STUDENT, "adapters", "optimizer states", "average of the weights")
+        coming = sum(size for name, size in parts.items() if name not in stays)
+        whole = parts | {CONTEXT: CONTEXT_BYTES, SLACK: round(SLACK_FRACTION * coming)}
+        return {name: size for name, size in whole.items() if size}
+
+    def _notes(self) -> list[str]:
+        notes = []
+        sizes, quantization = self.teacher, self.config.teacher.quantization
+        if quantization is not None and sizes.stacked_params:
+            share = sizes.stacked_params / sizes.num_params
+            notes.append(
+                f"{share:.0%} of the teacher are stacked experts, which bitsandbytes leaves in half precision: "
+                f"{quantization} packs the rest alone"
+            )
+        return notes

@@ -1,0 +1,194 @@
+"""The fastest settings that fit on a card, and what has to be given up for them.
+
+First only what leaves the result as it is: how a step's rows are split, how much is computed again, how many logits
+exist at a time, on which card the teacher is. If that is not enough, one thing after another that does change it a
+little; shorter rows come last.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from pydantic import JsonValue
+
+from kdkit.config import DistillConfig
+from kdkit.config.reading import load_config
+from kdkit.errors import UserError
+from kdkit.memory.cards import Card
+from kdkit.memory.planning import Pair, RunPlan, plan_stages, stages_of
+
+Changes = Mapping[str, JsonValue]
+"""Field as `--set` names it -> value."""
+
+FULL_FRACTION = 0.92
+"""A card is called full above this share: the estimate may be off by what is left."""
+CHUNKS = (1024, 512, 256, 128, 64)
+SHORTER = (1.0, 0.75, 0.5, 0.375, 0.25)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Settings that fit."""
+
+    changes: dict[str, JsonValue]
+    """What to set; empty where the config fits as it is and nothing is faster."""
+    plan: RunPlan
+    given_up: tuple[str, ...]
+    """What may change the result, in words."""
+
+    def patch(self) -> dict[str, JsonValue]:
+        """The changes as a tree, for a YAML file."""
+        return _tree(self.changes)
+
+
+def fit_run(config: DistillConfig, card: Card, *, pair: Pair | None = None) -> Fit:
+    """The fastest settings that fit, of those that give up least.
+
+    Args:
+        config: the run.
+        card: on which it is to fit.
+        pair: the two models' sizes; None reads them.
+    Returns:
+        `Fit`; `optim.batch_size` times `optim.accumulation` stays as it is.
+    Raises:
+        UserError: nothing fits; says the smallest budget that something would.
+    """
+    pair, stages = pair or Pair.of(config), stages_of(config)
+    tightest: tuple[float, Changes] | None = None
+    for given_up, sacrifice in _sacrifices(config, pair):
+        fitting = []
+        for neutral in _neutral(config, card):
+            changes, plan = _with_room_to_evaluate(stages, {**neutral, **sacrifice}, card=card, pair=pair)
+            changes = _different(config, changes)
+            if plan.worst.used_fraction <= FULL_FRACTION:
+                fitting.append((_step_seconds(plan), len(changes), changes, plan))
+            elif tightest is None or plan.worst.used_fraction < tightest[0]:
+                tightest = plan.worst.used_fraction, changes
+        if fitting:
+            _, _, changes, plan = min(fitting, key=lambda found: found[:2])
+            _check(config, changes)
+            return Fit(dict(changes), plan, given_up)
+    assert tightest is not None
+    fraction, changes = tightest
+    least = fraction / FULL_FRACTION * card.memory_gib
+    raise UserError(
+        f"nothing fits {card.name} ({card.memory_gib:g} GiB): the smallest budget that something would fit is "
+        f"{least:.1f} GiB, with {as_settings(changes)}; take a smaller teacher or student, or a larger card"
+    )
+
+
+def as_settings(changes: Changes) -> str:
+    """Changes as `--set` takes them, side by side."""
+    return " ".join(f"{name}={value}" for name, value in changes.items())
+
+
+def _sacrifices(config: DistillConfig, pair: Pair) -> Iterator[tuple[tuple[str, ...], Changes]]:
+    """What to give up, least first: nothing, one thing, several, then shorter rows on top of all."""
+    single: list[tuple[str, Changes]] = []
+    if config.objective.needs_teacher and config.teacher.dtype == "float32":
+        single.append(("the teacher's weights in half precision", {"teacher.dtype": "auto"}))
+    if config.optim.optimizer == "adamw_torch":
+        single.append(("the optimizer's states in 8 bits", {"optim.optimizer": "adamw_8bit"}))
+    if config.objective.needs_teacher and config.teacher.quantization is None:
+        packed = pair.teacher.product_params - pair.teacher.stacked_params
+        if packed > pair.teacher.num_params / 4:
+            single.append(("the teacher's weights in 4 bits", {"teacher.quantization": "nf4", "teacher.dtype": "auto"}))
+    for length in SHORTER:
+        shorter = _shorter(config, length)
+        words = () if length == 1.0 else (f"rows of at most {shorter['data.max_length']} tokens",)
+        for count in range(len(single) + 1):
+            if length != 1.0 and count < len(single):
+                continue
+            for chosen in itertools.combinations(single, count):
+                merged = {name: value for _, changes in chosen for name, value in changes.items()}
+                yield (*(word for word, _ in chosen), *words), {**merged, **shorter}
+
+
+def _shorter(config: DistillConfig, share: float) -> Changes:
+    data = config.data
+    if share == 1.0:
+        return {}
+    length, prompt = (max(int(share * value) // 8 * 8, 16) for value in (data.max_length, data.max_prompt_length))
+    return {"data.max_length": length, "data.max_prompt_length": min(prompt, length - 8)}
+
+
+def _neutral(config: DistillConfig, card: Card) -> Iterator[Changes]:
+    """Settings under which a step trains on the same rows to the same end."""
+    rows = config.optim.batch_size * config.optim.accumulation
+    batches = [size for size in range(1, rows + 1) if rows % size == 0]
+    chunks = sorted({config.objective.chunk_tokens, *CHUNKS})
+    recomputes = sorted({config.student.gradient_checkpointing, True})
+    for batch, chunk, recompute, device in itertools.product(batches, chunks, recomputes, _devices(config, card)):
+        yield {
+            "optim.batch_size": batch,
+            "optim.accumulation": rows // batch,
+            "objective.chunk_tokens": chunk,
+            "student.gradient_checkpointing": recompute,
+            "teacher.device": device,
+        }
+
+
+def _with_room_to_evaluate(
+    stages: Mapping[str, DistillConfig], changes: Changes, *, card: Card, pair: Pair
+) -> tuple[Changes, RunPlan]:
+    """The plan with as many rows in an evaluation batch, up to those of the config, as fit."""
+    rows = max(stage.evaluation.batch_size for stage in stages.values())
+    while True:
+        tried = {**changes, "evaluation.batch_size": rows}
+        plan = plan_stages({name: _changed(stage, tried) for name, stage in stages.items()}, card, pair=pair)
+        is_too_much = plan.worst.used_fraction > FULL_FRACTION and plan.worst.peak_phase == "evaluation"
+        if not is_too_much or rows == 1:
+            return tried, plan
+        rows = (rows + 1) // 2
+
+
+def _devices(config: DistillConfig, card: Card) -> list[str]:
+    """Where the teacher may be: beside the student, and on the second card where there is one."""
+    given = config.teacher.device
+    is_movable = card.num_cards > 1 and config.objective.needs_teacher and given == "auto"
+    return [given, "cuda:1"] if is_movable else [given]
+
+
+def _changed(config: DistillConfig, changes: Changes) -> DistillConfig:
+    """A stage's config with fields set, not validated: it is tried a thousand times."""
+    parts: dict[str, dict[str, JsonValue]] = {}
+    for field, value in changes.items():
+        part, _, name = field.partition(".")
+        parts.setdefault(part, {})[name] = value
+    return config.model_copy(update={part: getattr(config, part).model_copy(update=own) for part, own in parts.items()})
+
+
+def _different(config: DistillConfig, changes: Changes) -> Changes:
+    """Those that are not what the config says already."""
+
+    def given(field: str) -> object:
+        part, _, name = field.partition(".")
+        return getattr(getattr(config, part), name)
+
+    return {field: value for field, value in changes.items() if given(field) != value}
+
+
+def _step_seconds(plan: RunPlan) -> float:
+    """Of all stages, each weighed by its steps where they are known."""
+    return sum(speed.step_seconds * (plan.steps[name] or 1) for name, speed in plan.speeds.items())
+
+
+def _check(config: DistillConfig, changes: Changes) -> None:
+    """Prove that the config takes the changes.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    tree = config.model_dump(mode="json")
+    for field, value in changes.items():
+        part, _, name = field.partition(".")
+        tree[part][name] = value
+    load_config(tree)
+
+
+def _tree(changes: Changes) -> dict[str, JsonValue]:
+    tree: dict[str, dict[str, JsonValue]] = {}
+    for field, value in changes.items():
+        part, _, name = field.partition(".")
+        tree.setdefault(part, {})[name] = value
+    return dict(tree)
