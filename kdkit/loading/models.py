@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from kdkit.errors import UserError
+from kdkit.loading.attention import spread_shared_keys
 from kdkit.loading.heads import check_causal
 from kdkit.loading.places import Place, locate, one_message
 from kdkit.runtime import GIB, preserved_rng_state
@@ -100,6 +101,8 @@ def load_model(
             model = _from_checkpoint(place, config, arguments | in_place)
     if from_scratch or not is_quantized:
         _move(model, torch.device(device), place.name)
+    if torch.device(device).type == "cuda":
+        spread_shared_keys(model)
     if trainable:
         _check_all_float32(model, place.name)
     model.eval().requires_grad_(trainable)

@@ -6,8 +6,10 @@ little; shorter rows come last.
 """
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from pydantic import JsonValue
 
@@ -66,8 +68,9 @@ def fit_run(config: DistillConfig, card: Card, *, pair: Pair | None = None) -> F
                 tightest = plan.worst.used_fraction, changes
         if fitting:
             _, _, changes, plan = min(fitting, key=lambda found: found[:2])
+            changes = {**changes, **_overruled(config, changes)}
             _check(config, changes)
-            return Fit(dict(changes), plan, given_up)
+            return Fit(changes, plan, given_up)
     assert tightest is not None
     fraction, changes = tightest
     least = fraction / FULL_FRACTION * card.memory_gib
@@ -159,13 +162,32 @@ def _changed(config: DistillConfig, changes: Changes) -> DistillConfig:
 
 
 def _different(config: DistillConfig, changes: Changes) -> Changes:
-    """Those that are not what the config says already."""
+    """Those that some stage does not say already."""
 
     def given(field: str) -> object:
         part, _, name = field.partition(".")
         return getattr(getattr(config, part), name)
 
-    return {field: value for field, value in changes.items() if given(field) != value}
+    return {name: value for name, value in changes.items() if given(name) != value or _stages_that_set(config, name)}
+
+
+def _overruled(config: DistillConfig, changes: Changes) -> Changes:
+    """The same for stages that set a field themselves, which would stand above the change."""
+    return {
+        f"stages.{stage}.{field}": value
+        for field, value in changes.items()
+        for stage in _stages_that_set(config, field)
+    }
+
+
+def _stages_that_set(config: DistillConfig, field: str) -> list[str]:
+    part, _, name = field.partition(".")
+    found = []
+    for stage, overrides in config.stages.items():
+        own = overrides.get(part)
+        if isinstance(own, dict) and name in own:
+            found.append(stage)
+    return found
 
 
 def _step_seconds(plan: RunPlan) -> float:
@@ -179,16 +201,16 @@ def _check(config: DistillConfig, changes: Changes) -> None:
     Raises:
         UserError: as `load_config`.
     """
-    tree = config.model_dump(mode="json")
-    for field, value in changes.items():
-        part, _, name = field.partition(".")
-        tree[part][name] = value
-    load_config(tree)
+    load_config(config.model_dump(mode="json"), [f"{field}={json.dumps(value)}" for field, value in changes.items()])
 
 
 def _tree(changes: Changes) -> dict[str, JsonValue]:
-    tree: dict[str, dict[str, JsonValue]] = {}
+    """Dotted fields as the mappings of a YAML file."""
+    tree: dict[str, JsonValue] = {}
     for field, value in changes.items():
-        part, _, name = field.partition(".")
-        tree.setdefault(part, {})[name] = value
-    return dict(tree)
+        *path, last = field.split(".")
+        below = tree
+        for name in path:
+            below = cast("dict[str, JsonValue]", below.setdefault(name, {}))
+        below[last] = value
+    return tree

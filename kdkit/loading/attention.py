@@ -1,0 +1,67 @@
+"""Attention on cards that have no flash kernel, for models whose heads share keys and values.
+
+Without a mask, transformers hands torch the shared keys as they are. Of torch's kernels the flash one alone reads them
+so, and it wants half precision and capability 8.0; on a T4 or a P100, and in float32 anywhere, torch goes over to the
+one that writes down all (B, heads, T, T) scores, in float32, without a word (transformers #48633). Laid out for every
+head, the same keys go through the memory-efficient kernel.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "sdpa_ungrouped"
+"""Under which transformers knows it."""
+FLASH_CAPABILITY = (8, 0)
+
+
+def spread_shared_keys(model: PreTrainedModel) -> None:
+    """Have a model that uses torch's attention use it without shared keys where they would cost (T, T) scores.
+
+    Args:
+        model: on its device; others than torch's attention are left as they are.
+    """
+    if model.config._attn_implementation != "sdpa":
+        return
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: object
+) -> tuple[Tensor, None]:
+    """torch's attention, as transformers calls it.
+
+    Args:
+        module: the attention layer.
+        query: (B, heads, T, D)
+        key: (B, kv_heads, S, D)
+        value: (B, kv_heads, S, D)
+        attention_mask: None where it is causal and nothing is padded.
+        **options: dropout, scaling and the like.
+    Returns:
+        (B, T, heads, D), and no attention map.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if attention_mask is not None or groups == 1 or has_flash(query):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    plain = SimpleNamespace(is_causal=getattr(module, "is_causal", True), training=module.training)
+    if query.shape[2] > 1:
+        key, value = (shared.repeat_interleave(groups, dim=1) for shared in (key, value))
+        return sdpa_attention_forward(plain, query, key, value, None, **options)
+    # One new token: the heads that share a key stand side by side as if they were tokens, and nothing is copied.
+    packed = query.view(query.shape[0], key.shape[1], groups, query.shape[3])  # (B, kv_heads, groups, D)
+    seen, _ = sdpa_attention_forward(plain, packed, key, value, None, **{**options, "is_causal": False})
+    return seen.transpose(1, 2).reshape(query.shape[0], 1, query.shape[1], query.shape[3]), None
+
+
+def has_flash(query: Tensor) -> bool:
+    """Whether torch has a kernel for this query that reads shared keys as they are; on a CPU it always has."""
+    if query.device.type != "cuda":
+        return True
+    return query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= FLASH_CAPABILITY
