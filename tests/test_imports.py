@@ -39,6 +39,7 @@ FLOORS = (
         "training.failures",
         "training.figures",
         "training.folder",
+        "training.memory",
         "training.metrics",
         "training.model",
         "training.optimizer",

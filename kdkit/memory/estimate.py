@@ -143,7 +143,7 @@ class _Estimate:
         phases["student"] = held | self._accumulated() | self._waiting() | {"divergence": self._head_pass_bytes()}
         phases["terms"] = held | self._accumulated() | self._waiting() | self._held_by_head() | self._terms()
         phases["backward"] = held | self._backward()
-        phases["optimizer"] = held | {"gradients": self._gradient_bytes, "optimizer step": self._foreach_bytes()}
+        phases["optimizer"] = held | {"gradients": self._gradient_bytes}
         phases["evaluation"] = held | self._evaluation()
         if self.config.rollout.is_on:
             phases["rollout"] = held | self._generation(
@@ -338,10 +338,6 @@ class _Estimate:
         if waiting + 2 * head + before >= end_gradients + head:
             return start
         return {"gradients": end_gradients, "backward": working + head}
-
-    def _foreach_bytes(self) -> int:
-        """AdamW over lists of tensors makes one list of temporaries as large as the parameters."""
-        return self._gradient_bytes if self.config.optim.optimizer == "adamw_torch" else 0
 
     def _evaluation(self) -> Parts:
         """The fuller of answering rows and of measuring the objective, without gradients."""

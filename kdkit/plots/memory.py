@@ -19,7 +19,7 @@ GROUPS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "teacher's pass": (BLUE, "////", ("teacher's pass", "teacher's signal")),
     "student weights": (SKY, "", ("student weights", "adapters", "average of the weights", "weights set aside")),
     "optimizer": (GREEN, "", ("optimizer states",)),
-    "gradients": (PURPLE, "", ("gradients", "optimizer step")),
+    "gradients": (PURPLE, "", ("gradients",)),
     "activations": (ORANGE, "", ("student's activations", "half-precision copies", "backward")),
     "divergence": (RED, "", ("divergence",)),
     "other terms": (RED, "////", ("dtw", "feature terms")),

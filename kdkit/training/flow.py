@@ -73,11 +73,11 @@ class StageFlow(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remember the weights where the norm of their change will be logged."""
+        """Remember the weights where the norm of their change will be logged; on the host, for a card may be full."""
         assert self.trainer is not None
         self.trainer.begin_update()
         if self._logs_after(state.global_step + 1, state.max_steps):
-            self._weights_before = [p.detach().clone() for p in self._trained()]
+            self._weights_before = [p.detach().to("cpu", copy=True) for p in self._trained()]
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -87,7 +87,8 @@ class StageFlow(TrainerCallback):
         if not self._weights_before:
             return
         moved = zip(self._trained(), self._weights_before, strict=True)
-        norms = [torch.linalg.vector_norm(now.detach() - before, dtype=torch.float64) for now, before in moved]
+        changes = (now.detach() - before.to(now.device) for now, before in moved)  # one parameter at a time
+        norms = [torch.linalg.vector_norm(change, dtype=torch.float64) for change in changes]
         squares = torch.stack(norms).square().sum()
         if self.trainer.is_fsdp_enabled:  # each process holds its own shard
             squares = self.trainer.accelerator.reduce(squares, reduction="sum")

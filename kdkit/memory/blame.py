@@ -1,0 +1,35 @@
+"""Which part of a full card to blame, and what makes it smaller."""
+
+from kdkit.memory.estimate import MemoryPlan
+from kdkit.runtime import GIB
+
+REMEDIES = {
+    "teacher weights": "teacher.quantization=nf4, teacher.device of another card, or a cached teacher",
+    "teacher's pass": "a smaller evaluation.batch_size, or a cached teacher",
+    "student's activations": "a smaller optim.batch_size with a larger optim.accumulation, or "
+    "student.gradient_checkpointing=true",
+    "half-precision copies": "student.gradient_checkpointing=true",
+    "divergence": "a smaller objective.chunk_tokens",
+    "dtw": "a smaller optim.batch_size, or longer units (objective.unit=word)",
+    "feature terms": "a smaller optim.batch_size, or fewer terms",
+    "optimizer states": "optim.optimizer=adamw_8bit",
+    "gradients": "optim.accumulation=1, where the batch leaves room for it",
+    "average of the weights": "optim.ema=null",
+    "backward": "a smaller optim.batch_size with a larger optim.accumulation",
+    "KV cache": "a smaller evaluation.batch_size or rollout.batch_size",
+    "generation": "a smaller evaluation.batch_size or rollout.batch_size",
+}
+"""Part -> what to set; parts that nothing makes smaller are left out."""
+
+
+def blame(plan: MemoryPlan) -> str:
+    """The largest part at the peak that a setting makes smaller, its size, and the setting.
+
+    Args:
+        plan: of the stage that runs.
+    Returns:
+        Half a sentence.
+    """
+    part = max(REMEDIES, key=lambda name: plan.parts.get(name, 0))
+    size = plan.parts.get(part, 0) / GIB
+    return f"the largest part that a setting makes smaller is {part}, {size:.1f} GiB as planned: {REMEDIES[part]}"

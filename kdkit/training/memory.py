@@ -1,0 +1,98 @@
+"""How full the cards get while a stage trains, beside what was planned."""
+
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from kdkit.memory.blame import blame
+from kdkit.memory.estimate import MemoryPlan
+from kdkit.runtime import GIB
+
+WARN_FRACTION = 0.9
+"""Share of a card from which a step more may be one too many."""
+WORSE_FRACTION = 0.02
+"""How much fuller it has to get to be said again."""
+
+
+class Meter(Protocol):
+    """Tells how full a device got."""
+
+    name: str
+
+    def take(self) -> tuple[int, int]:
+        """(most bytes in use since the last call, bytes there are)."""
+        ...
+
+
+@dataclass
+class CudaMeter:
+    """A card: the most that torch had reserved, and whatever else is on it now, the context and other processes."""
+
+    device: torch.device
+
+    @property
+    def name(self) -> str:
+        """As torch writes it."""
+        return str(self.device)
+
+    def take(self) -> tuple[int, int]:
+        """As `Meter.take`."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        beside = total - free - torch.cuda.memory_reserved(self.device)
+        peak = torch.cuda.max_memory_reserved(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return beside + peak, total
+
+
+@dataclass
+class HostMeter:
+    """This process on the host: the most that it has had resident so far, of the machine's memory."""
+
+    total_bytes: int
+    name: str = "cpu"
+
+    def take(self) -> tuple[int, int]:
+        """As `Meter.take`."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024), self.total_bytes
+
+
+@dataclass
+class MemoryWatch:
+    """Figures for every log row, and a warning when a device is nearly full."""
+
+    meters: Sequence[Meter]
+    """The student's device first."""
+    plan: MemoryPlan | None = None
+    """What was planned for this stage; None where the models are of no known kind."""
+    _warned: dict[str, float] = field(default_factory=dict)
+
+    def take(self) -> tuple[dict[str, float], list[str]]:
+        """The peak since the last call.
+
+        Returns:
+            Figures under the names of metrics.jsonl: `memory/peak_gib` of the student's device,
+            `memory/teacher_peak_gib` where the teacher has its own, `memory/planned_gib`, `memory/used_fraction` of the
+            fullest; and warnings, each said once unless it gets worse.
+        """
+        taken = [(meter.name, *meter.take()) for meter in self.meters]
+        figures = {"memory/peak_gib": taken[0][1] / GIB}
+        if len(taken) > 1:
+            figures["memory/teacher_peak_gib"] = taken[1][1] / GIB
+        if self.plan is not None:
+            figures["memory/planned_gib"] = self.plan.peak_bytes / GIB
+        figures["memory/used_fraction"] = max(peak / total for _, peak, total in taken)
+        return figures, [line for name, peak, total in taken if (line := self._warning(name, peak, total))]
+
+    def _warning(self, name: str, peak: int, total: int) -> str:
+        """A line when a device is nearly full and was not before; else nothing."""
+        share = peak / total
+        if share < WARN_FRACTION or share < self._warned.get(name, 0.0) + WORSE_FRACTION:
+            return ""
+        self._warned[name] = share
+        line = f"memory of {name}: {peak / GIB:.1f} of {total / GIB:.1f} GiB ({share:.0%})"
+        return line if self.plan is None else f"{line}; {blame(self.plan)}"
