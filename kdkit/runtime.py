@@ -125,7 +125,7 @@ def preflight() -> Preflight:
         name=platform.processor() or platform.machine(),
         capability=None,
         arch_list=(),
-        total_memory_bytes=_machine_memory_bytes(),
+        total_memory_bytes=machine_memory_bytes(),
         ok=True,
         problem=problem,
         remedy=remedy,
@@ -231,8 +231,8 @@ def usable_dtype(device: DeviceType, capability: Capability | None) -> DtypeChoi
 # --- room ---
 
 
-def _machine_memory_bytes() -> int:
-    """Physical memory, 0 where the system does not say."""
+def machine_memory_bytes() -> int:
+    """Physical memory of this machine, 0 where the system does not say."""
     names = os.sysconf_names if sys.platform != "win32" else {}
     if "SC_PHYS_PAGES" not in names:
         return 0

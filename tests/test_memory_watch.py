@@ -2,16 +2,30 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from kdkit.config import load_config
 from kdkit.memory import estimate
 from kdkit.memory.blame import REMEDIES, blame
-from kdkit.memory.cards import CARDS
-from kdkit.memory.estimate import MemoryPlan
+from kdkit.memory.cards import CARDS, Card
+from kdkit.memory.estimate import MemoryPlan, estimate_memory
+from kdkit.memory.sizes import read_sizes
 from kdkit.runtime import GIB
-from kdkit.training.memory import CudaMeter, HostMeter, MemoryWatch
+from kdkit.training.failures import out_of_memory
+from kdkit.training.memory import CudaMeter, HostMeter, MemoryWatch, watch_memory
+
+
+def tiny_pair():
+    """A student and a teacher of two sizes."""
+    sizes = {"vocab_size": 64, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2}
+    return tuple(
+        LlamaForCausalLM(LlamaConfig(**sizes, hidden_size=hidden, num_hidden_layers=layers))
+        for hidden, layers in ((16, 1), (32, 2))
+    )
 
 
 def planned(**parts: float) -> MemoryPlan:
@@ -97,3 +111,46 @@ class TestBlame:
         """A remedy under a name that no plan uses would never be said."""
         source = Path(estimate.__file__).read_text()
         assert all(f'"{name}"' in source for name in REMEDIES)
+
+
+class TestOutOfMemory:
+    def test_names_the_part_and_the_command_that_helps(self):
+        failed = out_of_memory(
+            torch.OutOfMemoryError("tried to allocate 2 GiB"), stage="distill", step=7, plan=planned(divergence=3)
+        )
+        assert "stage distill, step 7" in str(failed)
+        assert "is divergence, 3.0 GiB as planned: a smaller objective.chunk_tokens" in str(failed)
+        assert "kdkit plan CONFIG --fit" in str(failed)
+
+
+class TestWatchMemory:
+    @pytest.fixture
+    def on_a_card(self, monkeypatch):
+        """A student that says it is on a T4."""
+        properties = SimpleNamespace(name="Tesla T4", total_memory=round(14.6 * GIB), major=7, minor=5)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+
+        def place(model, device):
+            monkeypatch.setattr(type(model), "device", property(lambda self: torch.device(self.place)))
+            model.place = device
+            return model
+
+        return place
+
+    def test_the_plan_of_a_loaded_pair_is_that_of_their_configs(self, on_a_card, tmp_path):
+        config = load_config({"preset": ["demo", "fkl-dtw"]})
+        student, teacher = (on_a_card(model, "cuda:0") for model in tiny_pair())
+        watch = watch_memory(config, student=student, teacher=teacher, precision="float16")
+        for model, name in ((student, "student"), (teacher, "teacher")):
+            model.config.save_pretrained(tmp_path / name)
+        sizes = {name: read_sizes(str(tmp_path / name)) for name in ("student", "teacher")}
+        card = Card("Tesla T4", 14.6, (7, 5), half_tflops=1.0, bandwidth=1.0)
+        assert watch.plan.phases == estimate_memory(config, **sizes, card=card, precision="float16").phases
+
+    def test_a_teacher_on_a_second_card_is_watched_too(self, on_a_card):
+        student, teacher = tiny_pair()
+        on_a_card(student, "cuda:0")
+        teacher.place = "cuda:1"
+        config = load_config({"preset": ["demo", "fkl"]})
+        watch = watch_memory(config, student=student, teacher=teacher, precision="float16")
+        assert [meter.name for meter in watch.meters] == ["cuda:0", "cuda:1"]

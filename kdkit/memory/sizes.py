@@ -149,6 +149,22 @@ def read_sizes(path: str, *, revision: str | None = None, trust_remote_code: boo
         ) from error
 
 
+def sizes_of(config: Json, *, num_params: int) -> ModelSizes | None:
+    """The sizes of a model that is loaded already.
+
+    Args:
+        config: its config as a mapping, defaults included.
+        num_params: of the model itself.
+    Returns:
+        The sizes; None where the config says nothing of what a plan needs.
+    """
+    try:
+        sizes = FAMILIES.get(str(config["model_type"]), _llama)(config)
+    except KeyError:
+        return None
+    return replace(sizes, num_others=num_params - sizes.num_params)
+
+
 def find_config(path: str, *, revision: str | None = None) -> Path:
     """The config.json of a model, fetched where the hub answers.
 

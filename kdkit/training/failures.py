@@ -8,6 +8,8 @@ from safetensors.torch import save_file
 
 from kdkit.data.batch import Batch, batch_tensors
 from kdkit.errors import RunFailed
+from kdkit.memory.blame import blame
+from kdkit.memory.estimate import MemoryPlan
 
 
 def stop_at_nonfinite(what: str, *, stage: str, step: int, batch: Batch | None, folder: Path) -> NoReturn:
@@ -31,11 +33,20 @@ def stop_at_nonfinite(what: str, *, stage: str, step: int, batch: Batch | None, 
     )
 
 
-def out_of_memory(error: torch.OutOfMemoryError, *, stage: str, step: int) -> RunFailed:
-    """What to raise where the card has no room for a step."""
+def out_of_memory(error: torch.OutOfMemoryError, *, stage: str, step: int, plan: MemoryPlan | None = None) -> RunFailed:
+    """What to raise where the card has no room for a step.
+
+    Args:
+        error: as torch raised it.
+        stage: name of the stage.
+        step: that failed.
+        plan: what was planned for the stage, if anything was.
+    """
+    blamed = "" if plan is None else f"{blame(plan)[0].upper()}{blame(plan)[1:]}. "
     return RunFailed(
-        f"stage {stage}, step {step}: the card's memory is used up ({error}). Lower "
+        f"stage {stage}, step {step}: the card's memory is used up ({error}). {blamed}Lower "
         "optim.batch_size (and raise optim.accumulation), data.max_length, objective.chunk_tokens or "
         "rollout.batch_size (prompts that the student answers together), or set "
-        "student.gradient_checkpointing=true, and run again with another --output"
+        "student.gradient_checkpointing=true, and run again with another --output; kdkit plan CONFIG --fit proposes "
+        "settings that fit"
     )

@@ -1,16 +1,19 @@
 """How full the cards get while a stage trains, beside what was planned."""
 
-import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from transformers import PreTrainedModel
 
+from kdkit.config import DistillConfig
 from kdkit.memory.blame import blame
-from kdkit.memory.estimate import MemoryPlan
-from kdkit.runtime import GIB
+from kdkit.memory.cards import Card
+from kdkit.memory.estimate import MemoryPlan, estimate_memory
+from kdkit.memory.sizes import sizes_of
+from kdkit.runtime import GIB, machine_memory_bytes
 
 WARN_FRACTION = 0.9
 """Share of a card from which a step more may be one too many."""
@@ -21,7 +24,10 @@ WORSE_FRACTION = 0.02
 class Meter(Protocol):
     """Tells how full a device got."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As torch writes the device."""
+        ...
 
     def take(self) -> tuple[int, int]:
         """(most bytes in use since the last call, bytes there are)."""
@@ -57,6 +63,10 @@ class HostMeter:
 
     def take(self) -> tuple[int, int]:
         """As `Meter.take`."""
+        if sys.platform == "win32":  # has no such figure
+            return 0, self.total_bytes
+        import resource
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak * (1 if sys.platform == "darwin" else 1024), self.total_bytes
 
@@ -85,14 +95,59 @@ class MemoryWatch:
             figures["memory/teacher_peak_gib"] = taken[1][1] / GIB
         if self.plan is not None:
             figures["memory/planned_gib"] = self.plan.peak_bytes / GIB
-        figures["memory/used_fraction"] = max(peak / total for _, peak, total in taken)
+        figures["memory/used_fraction"] = max(_share(peak, total) for _, peak, total in taken)
         return figures, [line for name, peak, total in taken if (line := self._warning(name, peak, total))]
 
     def _warning(self, name: str, peak: int, total: int) -> str:
         """A line when a device is nearly full and was not before; else nothing."""
-        share = peak / total
+        share = _share(peak, total)
         if share < WARN_FRACTION or share < self._warned.get(name, 0.0) + WORSE_FRACTION:
             return ""
         self._warned[name] = share
         line = f"memory of {name}: {peak / GIB:.1f} of {total / GIB:.1f} GiB ({share:.0%})"
         return line if self.plan is None else f"{line}; {blame(self.plan)}"
+
+
+def _share(peak: int, total: int) -> float:
+    """Of what there is; 0 where the system does not say how much that is."""
+    return peak / total if total else 0.0
+
+
+def watch_memory(
+    config: DistillConfig, *, student: PreTrainedModel, teacher: PreTrainedModel | None, precision: str
+) -> MemoryWatch:
+    """A watch over the devices of a stage.
+
+    Args:
+        config: the stage's config.
+        student: on its device.
+        teacher: on its own; None where no model of it is there.
+        precision: of the student's products.
+    """
+    devices = [student.device]
+    if teacher is not None and teacher.device.type == "cuda" and teacher.device != student.device:
+        devices.append(teacher.device)
+    if student.device.type != "cuda":
+        return MemoryWatch([HostMeter(machine_memory_bytes())])
+    meters: list[Meter] = [CudaMeter(device) for device in devices]
+    return MemoryWatch(meters, _plan(config, student, teacher, card=_card_of(student.device), precision=precision))
+
+
+def _plan(
+    config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel | None, *, card: Card, precision: str
+) -> MemoryPlan | None:
+    """What is planned for these very models; None where their configs are of no known kind."""
+    ours = sizes_of(student.config.get_text_config().to_dict(), num_params=student.num_parameters())
+    theirs = ours
+    if teacher is not None:
+        theirs = sizes_of(teacher.config.get_text_config().to_dict(), num_params=teacher.num_parameters())
+    if ours is None or theirs is None:
+        return None
+    return estimate_memory(config, teacher=theirs, student=ours, card=card, precision=precision)
+
+
+def _card_of(device: torch.device) -> Card:
+    """The card at hand; its speed is of no interest here."""
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    return Card(properties.name, properties.total_memory / GIB, capability, half_tflops=1.0, bandwidth=1.0)

@@ -21,6 +21,7 @@ from kdkit.training.arguments import num_warmup_steps, training_arguments
 from kdkit.training.controls import ChangeableStage, Controls, needs_controls
 from kdkit.training.early_stopping import FIGURE_FILE, EarlyStopping
 from kdkit.training.flow import ConsoleProgress, StageFlow
+from kdkit.training.memory import watch_memory
 from kdkit.training.metrics import MetricsFile
 from kdkit.training.model import DistillModel
 from kdkit.training.objective import Across, Objective
@@ -259,6 +260,12 @@ def _build_trainer(
         ema=config.optim.ema,
         early_stopping=None if stopping is None else EarlyStopping(stopping, folder),
         changeable=changeable,
+        memory=watch_memory(
+            config,
+            student=inputs.student,
+            teacher=inputs.teacher.model if isinstance(inputs.teacher, LiveTeacher) else None,
+            precision=inputs.precision,
+        ),
         on_nonfinite=config.objective.on_nonfinite,
         keep=config.checkpoint.keep,
         callbacks=callbacks,

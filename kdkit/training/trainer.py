@@ -40,6 +40,7 @@ from kdkit.training.controls import ChangeableStage
 from kdkit.training.early_stopping import EarlyStopping
 from kdkit.training.failures import out_of_memory, stop_at_nonfinite
 from kdkit.training.figures import TrainFigures
+from kdkit.training.memory import MemoryWatch
 from kdkit.training.metrics import MetricsFile
 from kdkit.training.model import DistillModel
 from kdkit.training.objective import ITEMS, Item, Moment, count_items
@@ -75,6 +76,7 @@ class DistillTrainer(Trainer):
         ema: how the average of the weights moves that is evaluated and left; None: the weights themselves are.
         early_stopping: ends the stage when evaluations bring nothing more; None: never.
         changeable: what a person may change between steps; None: nobody is there.
+        memory: how full the devices get, for the log; None: not watched.
         on_nonfinite: what a NaN or infinite loss or gradient does, "stop" or "skip".
         keep: newest checkpoints that stay.
         callbacks: further callbacks, after the trainer's own.
@@ -100,6 +102,7 @@ class DistillTrainer(Trainer):
         ema: EmaConfig | None = None,
         early_stopping: EarlyStopping | None = None,
         changeable: ChangeableStage | None = None,
+        memory: MemoryWatch | None = None,
         on_nonfinite: str = "stop",
         keep: int = 2,
         callbacks: list[TrainerCallback] | None = None,
@@ -111,6 +114,7 @@ class DistillTrainer(Trainer):
         self.rollout = rollout
         self.early_stopping = early_stopping
         self.changeable = changeable
+        self.memory = memory
         self.on_nonfinite = on_nonfinite
         self.keep = keep
         self.objective = model.objective
@@ -339,6 +343,11 @@ class DistillTrainer(Trainer):
             row["update_norm"] = self.update_norm
         if self.remembered.num_skipped_steps:
             row["skipped_steps"] = float(self.remembered.num_skipped_steps)
+        if self.memory is not None:
+            figures, warnings = self.memory.take()
+            row |= figures
+            for line in warnings:
+                say(f"{self.stage} {self.state.global_step}: {line}")
         self.state.log_history.append({**row, "step": self.state.global_step})
         if self.is_world_process_zero():  # before any tracker, which may fail
             self.metrics.append({"kind": "train", "stage": self.stage, "step": self.state.global_step, **row})
@@ -447,7 +456,8 @@ class DistillTrainer(Trainer):
             finished = True
             return output
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(error, stage=self.stage, step=self.state.global_step + 1) from error
+            plan = None if self.memory is None else self.memory.plan
+            raise out_of_memory(error, stage=self.stage, step=self.state.global_step + 1, plan=plan) from error
         finally:
             if not finished and self._settled_rng is not None:
                 self._save_emergency_checkpoint(self._settled_rng)
