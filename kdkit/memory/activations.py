@@ -1,8 +1,8 @@
 """What a decoder layer keeps for the backward pass, and what it needs in passing, in bytes per token.
 
 The numbers were counted on the tensors of transformers 5.23, not derived: each family's layer was run at several
-widths, and the bytes alive afterwards are these whole multiples of the widths, without a remainder. `tests/
-test_memory_estimate.py` counts them again. Half means autocast over float32 weights: the residual stream stays float32.
+widths, and the bytes alive afterwards are these whole multiples of the widths, without a remainder. The tests count
+them again. Half means autocast over float32 weights, as CUDA does it: the residual stream stays float32.
 """
 
 from dataclasses import dataclass
@@ -26,18 +26,18 @@ class Kept:
     fixed: int = 8
     """The norms' scales."""
 
-    def of(self, sizes: ModelSizes, *, kv_width: int) -> int:
+    def of(self, sizes: ModelSizes) -> int:
         """Bytes of a token in one layer."""
         widths = self.hidden * sizes.hidden + self.inner * sizes.intermediate
-        attention = self.query * sizes.query_width + self.kv * kv_width + self.heads * sizes.num_heads
+        attention = self.query * sizes.query_width + self.kv * sizes.kv_width + self.heads * sizes.num_heads
         return widths + attention + self.fixed
 
 
 KEPT = {
     "llama": {HALF: Kept(26, 8, 4, 4), SINGLE: Kept(24, 16, 8, 8)},
     "qwen3": {HALF: Kept(26, 8, 10, 10, heads=10), SINGLE: Kept(24, 16, 16, 16, heads=10)},
-    "gpt2": {HALF: Kept(16, 10, 2, 2, fixed=16), SINGLE: Kept(16, 20, 8, 8, fixed=16)},
-    "gpt_neox": {HALF: Kept(18, 4, 2, 2, fixed=16), SINGLE: Kept(24, 8, 8, 8, fixed=16)},
+    "gpt2": {HALF: Kept(16, 16, 2, 2, fixed=16), SINGLE: Kept(16, 20, 8, 8, fixed=16)},
+    "gpt_neox": {HALF: Kept(16, 4, 2, 2, fixed=16), SINGLE: Kept(20, 8, 8, 8, fixed=16)},
 }
 """By family and bytes of the products' numbers; other families as llama."""
 KIN = {"qwen3_moe": "qwen3"}
@@ -72,13 +72,16 @@ def kept_bytes(
 
 
 def _layer_bytes(sizes: ModelSizes, *, length: int, number: int, attention: str, repeats_kv: bool) -> int:
-    """Bytes of a token in one layer."""
+    """Bytes of a token in one layer; rows are padded, as in nearly every batch."""
     cost = KEPT.get(KIN.get(sizes.family, sizes.family), KEPT["llama"])[number]
-    is_eager = attention == "eager"
-    has_copies = sizes.is_grouped and (repeats_kv or is_eager)
-    total = cost.of(sizes, kv_width=sizes.query_width if has_copies else sizes.kv_width)
-    if is_eager:  # scores in float32 under autocast, and the map in the products' dtype
-        total += sizes.num_heads * length * (SINGLE + (number if number == HALF else 0))
+    total = cost.of(sizes)
+    if sizes.is_grouped and (repeats_kv or attention == "eager"):
+        total += 2 * number * (sizes.query_width - sizes.kv_width)
+    if attention == "eager":  # scores in float32 under autocast, the map in the products' dtype, dropout's mask
+        a_score = SINGLE + (number if number == HALF else 0) + (1 if sizes.dropout else 0)
+        total += (sizes.num_heads * length) * a_score
+    else:  # what is added to the scores of padded rows, one for all heads
+        total += length * number
     if sizes.num_experts:  # the tokens' copies on their way through the experts
         total += (sizes.experts_per_token - 1) * (cost.inner * sizes.intermediate + 2 * number * sizes.hidden)
     if sizes.dropout:

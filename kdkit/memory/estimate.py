@@ -278,12 +278,14 @@ class _Estimate:
                 checkpointing=self.config.student.gradient_checkpointing,
             )
         }
-        if self._number == HALF:
-            layers = 1 / self.student.num_layers if self.config.student.gradient_checkpointing else 1
-            parts["half-precision copies"] = round(HALF * self.student.product_params * layers)
+        parts |= self._half_copies()
         if self._needs_teacher and not self._is_beside:
             parts["teacher's signal"] = self._signal_bytes(self._rows)
         return parts
+
+    def _half_copies(self) -> Parts:
+        """Weights that autocast has cast: it keeps them until a forward pass ends, recomputed layers or not."""
+        return {"half-precision copies": HALF * self.student.product_params} if self._number == HALF else {}
 
     @property
     def _head_gradient_bytes(self) -> int:
@@ -293,18 +295,22 @@ class _Estimate:
         """Gradients by the head's inputs and weight, which its pass has formed already."""
         return {"divergence": self._head_gradient_bytes + SINGLE * self._num_tokens * self.student.hidden}
 
-    def _head_pass_bytes(self) -> int:
-        """The chunked pass at its fullest: the head's copy, a chunk's logits on both sides, blocks in float32."""
+    def _chunk_bytes(self) -> int:
+        """The chunked pass besides its gradients: the head's copy, logits of both sides, blocks in float32."""
         chunk = min(self.config.objective.chunk_tokens, self._num_tokens)
         width = self.student.vocab_size
-        head = width * self.student.hidden * self._number
         logits = chunk * width * self._number
         if self._needs_teacher:
             logits += chunk * self.teacher.vocab_size * self._teacher_number
-        copies = (head + head) if self._number == HALF else 0  # the weight's, and of each chunk's gradient by it
-        blocks = min(BLOCK_BYTES, chunk * width * SINGLE) * NUM_BLOCKS
+        copy = width * self.student.hidden * HALF if self._number == HALF else 0
+        return copy + logits + min(BLOCK_BYTES, chunk * width * SINGLE) * NUM_BLOCKS
+
+    def _head_pass_bytes(self) -> int:
+        """The chunked pass at its fullest, gradients by the head's inputs and weight included."""
+        width = self.student.vocab_size
+        product = width * self.student.hidden * HALF if self._number == HALF else 0  # a chunk's gradient by the weight
         rows = SINGLE * self._num_tokens * self.student.hidden
-        return self._held_by_head()["divergence"] + copies + logits + blocks + rows
+        return self._held_by_head()["divergence"] + self._chunk_bytes() + product + rows
 
     def _terms(self) -> Parts:
         """What the terms over hidden states have alive beside the activations."""
@@ -329,39 +335,40 @@ class _Estimate:
 
     def _backward(self) -> Parts:
         """The fuller of its two ends: all activations and the head's gradient, or all gradients."""
-        waiting = sum(self._waiting().values())
-        head = self._head_gradient_bytes
+        waiting, head = self._waiting(), self._head_gradient_bytes
+        if self.config.student.gradient_checkpointing and self._number == HALF:  # one layer is cast again at a time
+            waiting["half-precision copies"] //= self.student.num_layers
         working = backward_bytes(self.student, num_tokens=self._num_tokens, number=self._number)
-        before = self._gradient_bytes if self.config.optim.accumulation > 1 else 0
-        start = {**self._accumulated(), **self._waiting(), "divergence": 2 * head, "backward": working}
-        end_gradients = max(self._gradient_bytes, before)
-        if waiting + 2 * head + before >= end_gradients + head:
-            return start
-        return {"gradients": end_gradients, "backward": working + head}
+        start = {**self._accumulated(), **waiting, "divergence": 2 * head, "backward": working}
+        end = {"gradients": self._gradient_bytes, "backward": working + head}
+        return max(start, end, key=lambda parts: sum(parts.values()))
 
     def _evaluation(self) -> Parts:
         """The fuller of answering rows and of measuring the objective, without gradients."""
         evaluation, data = self.config.evaluation, self.config.data
-        answering = self._generation(
-            rows=min(evaluation.batch_size, evaluation.generate_rows or evaluation.batch_size),
-            length=data.max_prompt_length + evaluation.max_new_tokens,
-            number=SINGLE,
-        )
-        rows = evaluation.batch_size
+        moments = [self._measuring(evaluation.batch_size)]
+        if self._needs_teacher and not self._is_beside:
+            moments.append(self._teacher_pass(evaluation.batch_size))
+        if evaluation.generate_rows != 0:
+            rows = min(evaluation.batch_size, evaluation.generate_rows or evaluation.batch_size)
+            length = data.max_prompt_length + evaluation.max_new_tokens
+            moments.append(self._generation(rows=rows * evaluation.num_beams, length=length, number=SINGLE))
+        own = {} if self.config.optim.ema is None else {"weights set aside": SINGLE * self.student.num_params}
+        return own | max(moments, key=lambda parts: sum(parts.values()))
+
+    def _measuring(self, rows: int) -> Parts:
+        """The student's pass over a batch of the evaluation, and its losses."""
         seeing = passing_bytes(
             self.student,
             num_rows=rows,
             length=self._length,
-            number=SINGLE,
+            number=self._number,
             attention=self.config.student.attention or "sdpa",
         )
-        measuring = {"student's activations": seeing}
+        parts = {"student's activations": seeing, **self._half_copies(), "divergence": self._chunk_bytes()}
         if self._needs_teacher and not self._is_beside:
-            measuring |= self._teacher_pass(rows)
-        own = {} if self.config.optim.ema is None else {"weights set aside": SINGLE * self.student.num_params}
-        if evaluation.generate_rows == 0:
-            return own | measuring
-        return own | max(answering, measuring, key=lambda parts: sum(parts.values()))
+            parts["teacher's signal"] = 2 * self._signal_bytes(rows)  # the batch before's is there for a while
+        return parts
 
     def _generation(self, *, rows: int, length: int, number: int) -> Parts:
         prompt = min(length, self.config.data.max_prompt_length)
