@@ -65,6 +65,7 @@ FLOORS = (
         "runtime",
         "schedules",
         "softdtw",
+        "teacher.kept",
         "teacher.signal",
     ),
     ("errors",),
@@ -75,7 +76,7 @@ HEAVY = {"accelerate", "bitsandbytes", "datasets", "ipywidgets", "matplotlib", "
 HEAVY |= {"transformers"}
 LIGHT = ("attached", "errors", "schedules", "config", "runtime", "plots", "memory", "doctor", "cli")
 LIGHT += ("session.packages", "session.place")  # a notebook calls them before anything is installed
-TORCH_ONLY = ("losses", "softdtw", "teacher.signal")
+TORCH_ONLY = ("losses", "softdtw", "teacher.kept", "teacher.signal")
 PRESENTATION = {"inspection", "notebook", "plots", "widgets", "report"}
 
 
