@@ -6,9 +6,9 @@ Softening needs every logit, but not each of them: with β = 1 / temperature and
     log p_β(rest) = B(β) − A         with B(β) = log Σ p(i)^β over the ids that are not kept
     A = log(Σ_k p(k)^β + exp B(β))
 
-so that one number a position, B, makes a temperature exact. B is smooth and convex in β: kept at NUM_SOFTENINGS Chebyshev
-points of a range of β it is interpolated in between. Over Zipf-like and random logits of 50,000 ids, 64 of them kept,
-the log of the tail's mass is then off by at most 4e-6 for temperatures 1 to 2, 3e-4 for 1 to 4, 9e-4 for 0.5 to 2.
+so that one number a position, B, makes a temperature exact. B is smooth and convex in β: kept at NUM_SOFTENINGS
+Chebyshev points of a range of β it is interpolated in between. Over Zipf-like and random logits of 50,000 ids, 64 of
+them kept, B is then off by at most 4e-6 for temperatures 1 to 2, 3e-4 for 1 to 4, 9e-4 for 0.5 to 2.
 """
 
 import math
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kdkit.teacher.signal import (
+    NO_FEATURES,
     Features,
     at_least_float32,
     bucket_logprobs,
@@ -53,7 +54,7 @@ def softenings(temperatures: Range) -> list[float]:
 
 @dataclass(frozen=True, eq=False)
 class TopKSignal:
-    """The K most likely ids of every position, and how much mass all others hold together at any temperature of a range."""
+    """The K most likely ids of every position, and the mass of all others at any temperature of a range."""
 
     ids: Tensor
     """(N, K) integers, most likely first, no id twice in a row"""
@@ -67,7 +68,7 @@ class TopKSignal:
     """lowest and highest that may be asked for"""
     hidden_states: Tensor | None = None
     """(B, T, H)"""
-    features: Features = Features()
+    features: Features = NO_FEATURES
 
     def __post_init__(self) -> None:
         num_kept = len(softenings(self.temperatures))
@@ -178,7 +179,7 @@ class SampledSignal:
     """V, the number of ids that these were drawn from"""
     hidden_states: Tensor | None = None
     """(B, T, H)"""
-    features: Features = Features()
+    features: Features = NO_FEATURES
 
     @classmethod
     @torch.no_grad()

@@ -121,6 +121,10 @@ class Features:
     """The experts' own outputs for each unit."""
 
 
+NO_FEATURES = Features()
+"""Nothing was asked for."""
+
+
 class TeacherSignal(Protocol):
     """The teacher at N positions, as head pass and objective see it."""
 
