@@ -20,6 +20,7 @@ FLOORS = (
     (
         "training",
         "training.answers",
+        "training.caching",
         "training.card",
         "training.flow",
         "training.measure",
@@ -33,6 +34,7 @@ FLOORS = (
         "evaluation",
         "training.arguments",
         "training.averaging",
+        "training.cache_plan",
         "training.checkpoint",
         "training.controls",
         "training.early_stopping",
@@ -49,6 +51,7 @@ FLOORS = (
         "training.sharding",
         "training.state",
         "training.stopping",
+        "training.tokenizers",
         "training.validation",
     ),
     ("memory", "teacher", "teacher.cache", "teacher.cross", "teacher.experts", "teacher.sources", "training.objective"),
