@@ -222,7 +222,7 @@ class SampledSignal:
         Args:
             temperature: 1.
         Returns:
-            (N, K + 1) float32, NEVER_DRAWN for what was not drawn, all other ids in the last column among that.
+            (N, K + 1) float32, NEVER_DRAWN for what was not drawn, the ids without a column last; −inf where K = V.
         Raises:
             ValueError: another temperature.
         """
@@ -231,8 +231,10 @@ class SampledSignal:
                 f"temperature {temperature} was asked of draws at temperature 1, which cannot be softened: set "
                 "objective.kd.temperature=1, or keep the most likely ids instead of draws"
             )
-        counts = torch.nn.functional.pad(self.counts.float(), (0, 1))  # (N, K + 1)
-        return (counts / counts.sum(-1, keepdim=True)).log().clamp_min(NEVER_DRAWN)
+        counts = self.counts.float()  # (N, K)
+        drawn = (counts / counts.sum(-1, keepdim=True)).log().clamp_min(NEVER_DRAWN)
+        rest = -math.inf if self.ids.shape[1] == self.num_ids else NEVER_DRAWN  # as the student's, where K = V
+        return torch.nn.functional.pad(drawn, (0, 1), value=rest)  # (N, K + 1)
 
 
 def _interpolate(tails: Tensor, points: list[float], beta: float) -> Tensor:

@@ -128,6 +128,7 @@ class _Run:
         used = self.rows.describe({name: stage_config(self.config, name) for name in self.config.stages})
         if self.cache is not None:
             self._check_cached_rows(self.cache)
+            say(f"teacher: {self.cache.describe()}")
         if self.processes.is_main_process:
             setup = {
                 "precision": self._dtype_name(self.config.optim.precision),

@@ -39,6 +39,13 @@ class TeacherCache:
         """Folder of the teacher's tokenizer."""
         return self.folder / TOKENIZER
 
+    def describe(self) -> str:
+        """What is kept, in half a sentence."""
+        held = self.contents
+        kept = f"{held.k} draws" if held.kind == "samples" else f"the {held.k} likeliest of {held.num_ids:,} ids"
+        states = "" if held.unit is None else f", hidden states by {held.unit}"
+        return f"cached in {self.folder}: {kept} at {self.manifest.num_tokens:,} tokens{states}"
+
     @cached_property
     def rows(self) -> ShardReader:
         """Reads what is kept."""
