@@ -342,6 +342,9 @@ class TestRefusals:
         said = self.refused(tmp_path, pair | {"student": str(other)}, f"teacher.cache={small}")
         assert "these differ" in said
         assert "kdkit cache CONFIG --generate" in said
+        with pytest.raises(UserError, match=r"these differ: .*--generate"):
+            write_teacher_cache(tiny_config(pair | {"student": str(other)}, objective=KD), tmp_path / "cache")
+        assert not (tmp_path / "cache").exists()
 
     def test_other_rows(self, pair, small, tmp_path):
         said = self.refused(tmp_path, pair, f"teacher.cache={small}", "data.train_rows=34")

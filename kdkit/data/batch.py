@@ -152,7 +152,7 @@ class DistillCollator:
 def row_key(input_ids: Sequence[int], prompt_length: int) -> int:
     """What a row is known by wherever it stands: 64 bits of a digest of its tokens and of where its answer begins."""
     tokens = np.asarray(input_ids, dtype="<i4").tobytes()
-    digest = hashlib.blake2b(tokens, digest_size=8, salt=prompt_length.to_bytes(8, "little")).digest()
+    digest = hashlib.blake2b(tokens, digest_size=8, salt=int(prompt_length).to_bytes(8, "little")).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from kdkit.config import DistillConfig
 from kdkit.data.batch import DistillCollator, EncodedRow
 from kdkit.errors import RunFailed, UserError
@@ -34,7 +36,7 @@ from kdkit.training.cache_plan import SHARD_TOKENS, Keep, check_cacheable, plan_
 from kdkit.training.progress import say
 from kdkit.training.rows import RunRows
 from kdkit.training.stopping import StopRequest
-from kdkit.training.tokenizers import Tokenizers, different_tokenizers, load_tokenizers
+from kdkit.training.tokenizers import Tokenizers, load_tokenizers
 
 _SAY_SECONDS = 10.0
 
@@ -92,7 +94,9 @@ def write_teacher_cache(
     machine = preflight()
     if not machine.ok:
         raise UserError(f"{machine.problem}\n  {machine.remedy}")
-    tokenizers = _load_tokenizers(config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    tokenizers = load_tokenizers(config, must_agree=True)
     index, rows = RowIndex.of(_rows(stages, tokenizers))
     model = load_teacher(config.teacher, machine)
     collator = DistillCollator.of(tokenizers.student)
@@ -222,13 +226,6 @@ def _is_leftover(folder: Path) -> bool:
     return all(path.name in ours for path in folder.iterdir())
 
 
-def _load_tokenizers(config: DistillConfig) -> Tokenizers:
-    tokenizers = load_tokenizers(config)
-    if tokenizers.teacher is not None:
-        raise UserError(different_tokenizers("text is compared by its bytes, by spans that no cache holds"))
-    return tokenizers
-
-
 def _rows(stages: Sequence[DistillConfig], tokenizers: Tokenizers) -> Iterator[EncodedRow]:
     """Every row that a stage trains on or evaluates its objective on while training."""
     rows = RunRows(tokenizers.student)
@@ -249,6 +246,7 @@ def _save_tokenizer(config: DistillConfig, folder: Path) -> dict[str, ShardFacts
     """The teacher's tokenizer in the cache, so that a run needs nothing of the teacher; what its files are."""
     teacher = config.teacher
     tokenizer = load_tokenizer(teacher.path, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
+    shutil.rmtree(folder / TOKENIZER, ignore_errors=True)  # of a call that was killed here
     tokenizer.save_pretrained(folder / TOKENIZER)
     files = sorted(path for path in (folder / TOKENIZER).iterdir() if path.is_file())
     return {f"{TOKENIZER}/{path.name}": write_whole(path, path.read_bytes()) for path in files}

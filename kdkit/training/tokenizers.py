@@ -23,16 +23,17 @@ class Tokenizers:
     """How the two compare."""
 
 
-def load_tokenizers(config: DistillConfig, *, cached: Path | None = None) -> Tokenizers:
+def load_tokenizers(config: DistillConfig, *, cached: Path | None = None, must_agree: bool = False) -> Tokenizers:
     """Load both tokenizers and compare them.
 
     Args:
         config: the run.
-        cached: folder of the teacher's tokenizer where the teacher itself is cached.
+        cached: folder of the teacher's tokenizer where the teacher is cached; the two must then agree.
+        must_agree: whether to refuse two that differ.
     Returns:
         Tokenizers.
     Raises:
-        UserError: one cannot be read; they end text differently; or they differ and the teacher is cached.
+        UserError: one cannot be read; they end text differently; or they differ and must not.
     """
     student, teacher = config.student, config.teacher
     other = load_tokenizer(
@@ -49,8 +50,12 @@ def load_tokenizers(config: DistillConfig, *, cached: Path | None = None) -> Tok
     )
     relation = tokenizer_relation(tokenizer, other)
     if relation.kind == "different":
-        if config.teacher.cache is not None:
-            raise UserError(different_tokenizers(relation.evidence))
+        if cached is not None or must_agree:
+            raise UserError(
+                f"a cached teacher and its student need one tokenizer, and these differ: {relation.evidence}. Train on "
+                "the teacher's answers instead (kdkit cache CONFIG --generate), ask the teacher itself "
+                "(teacher.cache=null), or name a cache that was made with this student"
+            )
         say(f"teacher and student have different tokenizers: {relation.evidence}; text is compared by its bytes")
         return Tokenizers(tokenizer, other, "different")
     if tokenizer.eos_token_id != other.eos_token_id:
@@ -60,12 +65,3 @@ def load_tokenizers(config: DistillConfig, *, cached: Path | None = None) -> Tok
             "model with a chat model"
         )
     return Tokenizers(tokenizer, None, relation.kind)
-
-
-def different_tokenizers(evidence: str) -> str:
-    """Why a cache cannot serve a student with another tokenizer, and what can."""
-    return (
-        f"a cached teacher and its student need one tokenizer, and these differ: {evidence}. Train on the teacher's "
-        "answers instead (kdkit cache CONFIG --generate), ask the teacher itself (teacher.cache=null), or name the "
-        "cache that was made with this student"
-    )
