@@ -8,12 +8,17 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from kdkit import __version__
 from kdkit.errors import RunFailed, UserError
 from kdkit.kaggle.commands import kaggle
+
+if TYPE_CHECKING:
+    from kdkit.config import DistillConfig
+    from kdkit.training.stopping import StopRequest
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -129,23 +134,53 @@ def evaluate(
 @cli.command()
 @click.argument("config")
 @click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field; repeatable.")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="JSONL file to write.")
-@click.option("--generate", is_flag=True, help="Write the teacher's own answers to the training prompts.")
-@click.option("--resume", is_flag=True, help="Continue a file that was stopped.")
-def cache(config: str, overrides: tuple[str, ...], output: Path, generate: bool, resume: bool) -> None:
-    """Write down what the teacher says, so that later runs can train on it."""
+@click.option("--output", type=click.Path(path_type=Path), help="Folder to make, or the JSONL file of --generate.")
+@click.option("--generate", is_flag=True, help="Write the teacher's own answers to the training prompts instead.")
+@click.option("--samples", type=click.IntRange(min=1), help="Keep so many draws a token, not the likeliest ids.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "float32"]),
+    default="float16",
+    show_default=True,
+    help="Of log-probabilities and hidden states.",
+)
+@click.option("--resume", is_flag=True, help="Continue what was stopped.")
+def cache(
+    config: str,
+    overrides: tuple[str, ...],
+    output: Path | None,
+    generate: bool,
+    samples: int | None,
+    dtype: Literal["float16", "float32"],
+    resume: bool,
+) -> None:
+    """Write down what the teacher says, so that later runs can train without it.
+
+    For every token that CONFIG trains or evaluates on: the objective.kd.top_k likeliest ids (64 where that is unset)
+    with the mass of the rest, and the last hidden states where a term compares them. Without --output the folder is
+    teacher.cache of CONFIG.
+    """
     from kdkit.config import load_config
 
     settings = load_config(config, overrides)
-    if not generate:
-        raise click.UsageError("say what to cache: --generate writes the teacher's own answers")
-    from kdkit.training.answers import write_teacher_answers
+    if output is None and (generate or settings.teacher.cache is None):
+        raise click.UsageError("say where to write: --output, or teacher.cache in CONFIG for a folder")
     from kdkit.training.stopping import StopRequest
 
     with StopRequest().on_signals() as stop:
-        count = write_teacher_answers(settings, output, resume=resume, progress=stop.check)
-    click.echo(f"{count} answers in {output}; train on them with", err=True)
-    click.echo(f"  --set data.train={output} --set 'data.train_template=\"{{instruction}}\"'", err=True)
+        if generate:
+            assert output is not None
+            _write_answers(settings, output, resume=resume, stop=stop)
+            return
+        from kdkit.training.caching import write_teacher_cache
+
+        folder = output or Path(str(settings.teacher.cache))
+        done = write_teacher_cache(settings, folder, resume=resume, samples=samples, dtype=dtype, stop=stop)
+    click.echo(
+        f"{done.num_tokens:,} tokens of {done.num_rows:,} rows in {folder}: {done.size_bytes / 2**20:,.1f} MiB, "
+        f"{done.bytes_per_token:,.0f} bytes a token; train on them with\n  --set teacher.cache={folder}",
+        err=True,
+    )
 
 
 @cli.command()
@@ -262,6 +297,15 @@ def main() -> None:
         click.echo(str(abort.__cause__) or "stopped", err=True)
         code = 128 + (getattr(abort.__cause__, "signum", None) or signal.SIGINT)
     sys.exit(code)
+
+
+def _write_answers(settings: "DistillConfig", output: Path, *, resume: bool, stop: "StopRequest") -> None:
+    """The teacher's answers, and how to train on them."""
+    from kdkit.training.answers import write_teacher_answers
+
+    count = write_teacher_answers(settings, output, resume=resume, progress=stop.check)
+    click.echo(f"{count} answers in {output}; train on them with", err=True)
+    click.echo(f"  --set data.train={output} --set 'data.train_template=\"{{instruction}}\"'", err=True)
 
 
 def _print_comparison(rows: list[dict]) -> None:

@@ -56,8 +56,8 @@ class Reaper:
             mock.patch.object(module, "open", self.before_writing(module.open)).start()
 
 
-def run_forked(config: DistillConfig, folder: Path, *, resume: bool = False, kill_at: int | None = None) -> int | None:
-    """Run in a child process; returns how many events it saw, or None when it was killed at one."""
+def forked(job: Callable[[], object], *, kill_at: int | None = None) -> int | None:
+    """Do a job in a child process; returns how many events it saw, or None when it was killed at one."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -66,7 +66,7 @@ def run_forked(config: DistillConfig, folder: Path, *, resume: bool = False, kil
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115
             reaper = Reaper(kill_at)
             reaper.watch()
-            run_distillation(config, folder, resume=resume)
+            job()
             os.write(writer, str(reaper.count).encode())
             status = 0
         except BaseException:  # noqa: BLE001
@@ -82,6 +82,11 @@ def run_forked(config: DistillConfig, folder: Path, *, resume: bool = False, kil
         return None
     assert status == 0, said
     return int(said)
+
+
+def run_forked(config: DistillConfig, folder: Path, *, resume: bool = False, kill_at: int | None = None) -> int | None:
+    """Run in a child process; returns how many events it saw, or None when it was killed at one."""
+    return forked(lambda: run_distillation(config, folder, resume=resume), kill_at=kill_at)
 
 
 def run_killed_then_resumed(config: DistillConfig, folder: Path, kill_at: int) -> Path:

@@ -347,12 +347,25 @@ class TestDistillCollator:
             length = int(batch["lengths"][0])
             assert torch.equal(together["labels"][b, :length], batch["labels"][0])
 
-    def test_every_value_is_a_tensor_of_integers_or_an_int(self):
+    def test_every_value_is_a_tensor_of_integers_or_an_int_but_for_the_keys_that_stay_on_the_host(self):
         batch = self.batch(ragged_rows(eos=1, pad=0))
+        assert batch.pop("row_keys").dtype == np.int64
         assert {type(value) for value in batch.values()} == {torch.Tensor, int}
         dtypes = {name: value.dtype for name, value in batch.items() if isinstance(value, torch.Tensor)}
         assert dtypes.pop("is_gold") == torch.bool
         assert set(dtypes.values()) == {torch.int64}
+
+    def test_a_rows_key_is_of_its_tokens_and_of_where_its_answer_begins_alone(self):
+        rows = ragged_rows(eos=1, pad=0)[:2]
+        first = rows[0]
+        others = [
+            first | {"input_ids": [*first["input_ids"][:-1], 7]},
+            first | {"prompt_length": first["prompt_length"] + 1},
+        ]
+        keys = self.batch([*rows, first | {"row_id": 99}, *others])["row_keys"].tolist()
+        assert keys[:2] == self.batch(rows)["row_keys"].tolist()
+        assert keys[2] == keys[0]
+        assert len(set(keys)) == 4
 
     def test_goes_through_a_loader_and_to_a_device(self, byte_tokenizer):
         encoded = encode(PAIRS, byte_tokenizer)

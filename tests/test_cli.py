@@ -203,6 +203,28 @@ class TestCache:
         assert kdkit("cache", config, *options, "--resume")[0] == 0
         assert out.read_bytes() == whole
 
+    def test_writes_a_cache_where_the_config_says_and_says_what_a_token_takes(self, kdkit, pair, tmp_path):
+        objective = {"kd": {"top_k": 4}}
+        given = tiny_config(pair, f"teacher.cache={tmp_path / 'cache'}", objective=objective, max_steps=1)
+        config = write_config(tmp_path, given)
+        code, out, err = kdkit("cache", config)
+        assert (code, out) == (0, ""), err
+        size = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file())
+        assert f"907 tokens of 39 rows in {tmp_path / 'cache'}" in err
+        assert f"{size / 907:,.0f} bytes a token" in err
+        code, _, err = kdkit("distill", config, "--output", tmp_path / "run")
+        assert code == 0, err
+        assert f"teacher: cached in {tmp_path / 'cache'}: the 4 likeliest of 1,024 ids" in err
+        code, _, err = kdkit("cache", config)
+        assert code == 2
+        assert "add --resume to finish it" in err
+
+    @pytest.mark.parametrize("options", [(), ("--generate",)])
+    def test_asks_where_to_write(self, kdkit, pair, tmp_path, options):
+        code, _, err = kdkit("cache", write_config(tmp_path, tiny_config(pair)), *options)
+        assert code == 2
+        assert "say where to write: --output" in err
+
     def test_refuses_to_overwrite(self, kdkit, pair, tmp_path):
         config = write_config(tmp_path, tiny_config(pair))
         (tmp_path / "answers.jsonl").touch()

@@ -23,7 +23,8 @@ from kdkit.losses import (
     tvd,
 )
 from kdkit.losses.head_pass import _BLOCK_ENTRIES
-from kdkit.teacher.signal import DenseSignal, Head, LiveSignal, TopKSignal
+from kdkit.teacher.kept import TopKSignal
+from kdkit.teacher.signal import DenseSignal, Head, LiveSignal
 
 EVERY = pytest.mark.parametrize("name", list(LOSSES))
 
@@ -236,9 +237,9 @@ class TestSignals:
 
     def test_a_temperature_that_is_not_cached_is_refused(self) -> None:
         scene = make_scene()
-        kept = TopKSignal.from_logits(scene.teacher_logits(), 6, [2.0])
-        with pytest.raises(ValueError, match=r"temperature 1.0 .* holds \[2.0\]"):
-            linear_divergence("tvd", scene.hidden, scene.head, kept)
+        kept = TopKSignal.from_logits(scene.teacher_logits(), 6, [1.5])
+        with pytest.raises(ValueError, match=r"temperature 2.0 .* holds 1 to 1.5"):
+            linear_divergence("tvd", scene.hidden, scene.head, kept, temperature=2.0)
 
 
 class TestNothingToCount:

@@ -30,7 +30,8 @@ from kdkit.losses import (
 )
 from kdkit.losses.head_pass import _BLOCK_ENTRIES
 from kdkit.losses.spans import pieces
-from kdkit.teacher.signal import DenseSignal, Head, LiveSignal, SparseSignal, TopKSignal
+from kdkit.teacher.kept import TopKSignal
+from kdkit.teacher.signal import DenseSignal, Head, LiveSignal, SparseSignal
 
 STARTS = [0, 1, 2, 5, 6, 8, 17, 18, 20]
 """Spans of 1 to 9 of the 21 positions; the last is one position."""

@@ -20,6 +20,7 @@ FLOORS = (
     (
         "training",
         "training.answers",
+        "training.caching",
         "training.card",
         "training.flow",
         "training.measure",
@@ -33,6 +34,7 @@ FLOORS = (
         "evaluation",
         "training.arguments",
         "training.averaging",
+        "training.cache_plan",
         "training.checkpoint",
         "training.controls",
         "training.early_stopping",
@@ -50,6 +52,7 @@ FLOORS = (
         "training.sharding",
         "training.state",
         "training.stopping",
+        "training.tokenizers",
         "training.validation",
     ),
     ("memory", "teacher", "teacher.cache", "teacher.cross", "teacher.experts", "teacher.sources", "training.objective"),
@@ -66,6 +69,7 @@ FLOORS = (
         "runtime",
         "schedules",
         "softdtw",
+        "teacher.kept",
         "teacher.signal",
     ),
     ("errors",),
@@ -76,7 +80,7 @@ HEAVY = {"accelerate", "bitsandbytes", "datasets", "ipywidgets", "matplotlib", "
 HEAVY |= {"transformers"}
 LIGHT = ("attached", "errors", "schedules", "config", "runtime", "plots", "memory", "doctor", "cli")
 LIGHT += ("session.packages", "session.place")  # a notebook calls them before anything is installed
-TORCH_ONLY = ("losses", "softdtw", "teacher.signal")
+TORCH_ONLY = ("losses", "softdtw", "teacher.kept", "teacher.signal")
 PRESENTATION = {"inspection", "notebook", "plots", "widgets", "report"}
 
 

@@ -8,13 +8,14 @@ import torch
 from dense import LargestTensor, on_each_device
 from torch import Tensor
 
+from kdkit.losses import forward_kl
+from kdkit.teacher.kept import SampledSignal, TopKSignal
 from kdkit.teacher.signal import (
     DenseSignal,
     Head,
     LiveSignal,
     SparseSignal,
     TeacherSignal,
-    TopKSignal,
     at_least_float32,
     bucket_logprobs,
     compute_dtype,
@@ -177,52 +178,141 @@ class TestLiveSignal:
 
 class TestTopKSignal:
     def test_keeps_the_most_likely_and_the_mass_of_the_rest(self, logits: Tensor) -> None:
-        signal = TopKSignal.from_logits(logits, 3, [1.0])
+        signal = TopKSignal.from_logits(logits, 3)
         p = logits.softmax(-1)
         for n in range(7):
             order = sorted(range(12), key=lambda v: -p[n, v].item())
             assert signal.ids[n].tolist() == order[:3]
-            assert signal.tail[1.0][n].item() == pytest.approx(math.log(sum(p[n, v].item() for v in order[3:])))
+            rest = signal.logprobs_at(1.0)[n, -1].item()
+            assert rest == pytest.approx(math.log(sum(p[n, v].item() for v in order[3:])))
 
     def test_a_tail_far_below_rounding_is_kept(self) -> None:
         # 1 − Σ in float32 would be 0 or noise here.
-        signal = TopKSignal.from_logits(torch.tensor([[50.0, 0.0, 0.0, 0.0]]), 1, [1.0])
-        assert signal.tail[1.0].item() == pytest.approx(math.log(3) - 50)
+        signal = TopKSignal.from_logits(torch.tensor([[50.0, 0.0, 0.0, 0.0]]), 1)
+        assert signal.logprobs_at(1.0)[0, -1].item() == pytest.approx(math.log(3) - 50)
 
-    def test_every_id_kept_leaves_an_empty_tail(self, logits: Tensor) -> None:
-        signal = TopKSignal.from_logits(logits, 12, [1.0])
-        assert (signal.tail[1.0] == -math.inf).all()
-        torch.testing.assert_close(
-            signal.logprobs_at(1.0)[:, :-1], logits.log_softmax(-1).gather(-1, signal.ids), check_dtype=True
-        )
+    @pytest.mark.parametrize("temperature", [1.0, 1.3, 2.0])
+    def test_every_id_kept_leaves_an_empty_tail(self, logits: Tensor, temperature: float) -> None:
+        signal = TopKSignal.from_logits(logits, 12, [2.0])
+        columns = signal.logprobs_at(temperature)
+        assert (columns[:, -1] == -math.inf).all()
+        torch.testing.assert_close(columns[:, :-1], (logits / temperature).log_softmax(-1).gather(-1, signal.ids))
 
-    def test_a_temperature_that_was_not_cached_is_refused_by_name(self, logits: Tensor) -> None:
+    @pytest.mark.parametrize("asked", [[1.0, 2.0], [4.0], [0.5, 2.0]])
+    def test_any_temperature_of_the_range_is_that_of_softened_logits(self, asked: list[float]) -> None:
+        # Zipf-like logits over 20,000 ids, 64 kept: a tail that matters, of terms over many orders of magnitude.
+        generator = torch.Generator().manual_seed(5)
+        ranks = torch.arange(1, 20_001, dtype=torch.float64)
+        logits = -1.2 * ranks.log() + torch.randn(16, 20_000, generator=generator, dtype=torch.float64)
+        signal = TopKSignal.from_logits(logits, 64, asked)
+        low, high = signal.temperatures
+        assert (low, high) == (min(1.0, *asked), max(1.0, *asked))
+        for step in range(11):
+            temperature = low + (high - low) * step / 10
+            dense = (logits / temperature).softmax(-1)
+            kept = dense.gather(-1, signal.ids)
+            expected = torch.cat([kept, 1 - kept.sum(-1, keepdim=True)], -1).log()
+            torch.testing.assert_close(signal.logprobs_at(temperature), expected, rtol=0, atol=1e-3)
+
+    def test_the_ends_of_the_range_and_one_are_exact(self, logits: Tensor) -> None:
+        signal = TopKSignal.from_logits(logits, 3, [2.0])
+        for temperature in (1.0, 2.0):
+            dense = (logits / temperature).softmax(-1)
+            others = torch.ones_like(dense).scatter(-1, signal.ids, 0.0)
+            expected = (dense * others).sum(-1).log()
+            torch.testing.assert_close(signal.logprobs_at(temperature)[:, -1], expected)
+
+    @pytest.mark.parametrize("temperature", [0.9, 2.1])
+    def test_a_temperature_beyond_what_was_kept_is_refused_by_name(self, logits: Tensor, temperature: float) -> None:
         signal = TopKSignal.from_logits(logits, 3, [1.0, 2.0])
-        with pytest.raises(ValueError, match=r"temperature 1.5 .* holds \[1.0, 2.0\].*cache again"):
-            signal.logprobs_at(1.5)
+        with pytest.raises(ValueError, match=rf"temperature {temperature} .* holds 1 to 2.*cache again"):
+            signal.logprobs_at(temperature)
 
     def test_a_temperature_equal_up_to_rounding_is_found(self, logits: Tensor) -> None:
         signal = TopKSignal.from_logits(logits, 3, [0.3])
         torch.testing.assert_close(signal.logprobs_at(0.1 + 0.2), signal.logprobs_at(0.3))
+        torch.testing.assert_close(signal.logprobs_at(0.3 * (1 - 1e-9)), signal.logprobs_at(0.3))
 
     def test_narrow_ids_are_widened_for_indexing(self, logits: Tensor) -> None:
-        signal = TopKSignal.from_logits(logits, 3, [1.0])
-        narrow = TopKSignal(signal.ids.int(), signal.logprobs, signal.tail, 12)
+        signal = TopKSignal.from_logits(logits, 3)
+        narrow = TopKSignal(signal.ids.int(), signal.logprobs, signal.tails, 12)
         assert narrow.rows(0, 7, CPU).support.dtype == torch.int64
+
+    @pytest.mark.parametrize("k", [1, 3, 6])
+    def test_narrowed_is_what_keeping_fewer_gives(self, logits: Tensor, k: int) -> None:
+        narrowed = TopKSignal.from_logits(logits, 6, [2.0]).narrowed(k)
+        fewer = TopKSignal.from_logits(logits, k, [2.0])
+        assert torch.equal(narrowed.support, fewer.support)
+        for temperature in (1.0, 1.4, 2.0):
+            torch.testing.assert_close(narrowed.logprobs_at(temperature), fewer.logprobs_at(temperature))
+
+    def test_narrowed_to_more_than_there_are_is_refused(self, logits: Tensor) -> None:
+        with pytest.raises(ValueError, match="k=4: 3 ids are kept"):
+            TopKSignal.from_logits(logits, 3).narrowed(4)
 
     @pytest.mark.parametrize("k", [0, 13])
     def test_k_beyond_the_vocabulary_is_refused(self, logits: Tensor, k: int) -> None:
         with pytest.raises(ValueError, match=rf"k={k}: give 1 to 12"):
-            TopKSignal.from_logits(logits, k, [1.0])
+            TopKSignal.from_logits(logits, k)
 
     def test_parts_that_do_not_fit_are_refused(self, logits: Tensor) -> None:
-        whole = TopKSignal.from_logits(logits, 3, [1.0])
-        with pytest.raises(ValueError, match=r"temperatures \[1.0\] and tails at \[2.0\]"):
-            TopKSignal(whole.ids, whole.logprobs, {2.0: whole.tail[1.0]}, 12)
-        with pytest.raises(ValueError, match=r"must be \(N, K\), \(N, K\) and \(N,\)"):
-            TopKSignal(whole.ids[:, :2], whole.logprobs, whole.tail, 12)
-        with pytest.raises(ValueError, match="at least one"):
-            TopKSignal.from_logits(logits, 3, [])
+        whole = TopKSignal.from_logits(logits, 3)
+        with pytest.raises(ValueError, match=r"must be \(N, K\), \(N, K\) and \(N, 1\)"):
+            TopKSignal(whole.ids[:, :2], whole.logprobs, whole.tails, 12)
+        with pytest.raises(ValueError, match=r"temperatures \(1.0, 2.0\).*\(N, 7\)"):
+            TopKSignal(whole.ids, whole.logprobs, whole.tails, 12, (1.0, 2.0))
+        for nothing in ([], [0.0, 1.0]):
+            with pytest.raises(ValueError, match="at least one, each above 0"):
+                TopKSignal.from_logits(logits, 3, nothing)
+
+
+class TestSampledSignal:
+    def draws(self, logits: Tensor, num_draws: int, *, seed: int = 0) -> SampledSignal:
+        generator = torch.Generator().manual_seed(seed)
+        return SampledSignal.from_logits(
+            logits, torch.rand(len(logits), num_draws, generator=generator, dtype=torch.float64)
+        )
+
+    def test_an_id_is_drawn_as_often_as_it_is_likely(self, logits: Tensor) -> None:
+        signal = self.draws(logits, 200_000)
+        shares = torch.zeros_like(logits).scatter(-1, signal.ids, signal.counts.double() / 200_000)
+        torch.testing.assert_close(shares, logits.softmax(-1), rtol=0, atol=5e-3)  # four standard deviations
+
+    def test_columns_hold_shares_of_distinct_ids_and_no_rest(self, logits: Tensor) -> None:
+        signal = self.draws(logits, 8).rows(1, 6, CPU)
+        assert (signal.counts.sum(-1) == 8).all()
+        assert all(len(set(row)) == 8 for row in signal.ids.tolist())
+        columns = signal.logprobs_at(1.0).exp()
+        torch.testing.assert_close(columns[:, :-1], signal.counts / 8)
+        assert (columns[:, -1] == 0).all()
+
+    def test_the_mean_of_many_gradients_is_that_of_forward_kl(self, logits: Tensor) -> None:
+        student = torch.randn(7, 12, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+
+        def gradient(signal: TeacherSignal) -> Tensor:
+            leaf = student.clone().requires_grad_()
+            ours = bucket_logprobs(leaf.log_softmax(-1), signal.support)
+            forward_kl(ours, signal.logprobs_at(1.0).double()).sum().backward()
+            return leaf.grad
+
+        mean = torch.stack([gradient(self.draws(logits, 4, seed=seed)) for seed in range(2000)]).mean(0)
+        exact = gradient(DenseSignal(logits))
+        top_k = gradient(TopKSignal.from_logits(logits, 4))
+        torch.testing.assert_close(mean, exact, rtol=0, atol=0.03)
+        assert (top_k - exact).abs().max() > 0.001  # one bucket for the rest is another, biased objective
+
+    @pytest.mark.parametrize("num_draws", [2, 30])  # 30 leave no id for the last column
+    def test_gradients_are_finite_where_ids_were_not_drawn(self, logits: Tensor, num_draws: int) -> None:
+        student = torch.zeros(7, 12, requires_grad=True)
+        signal = self.draws(logits, num_draws)
+        value = forward_kl(bucket_logprobs(student.log_softmax(-1), signal.support), signal.logprobs_at(1.0))
+        value.sum().backward()
+        assert value.isfinite().all()
+        assert student.grad.isfinite().all()
+
+    def test_another_temperature_is_refused_by_name(self, logits: Tensor) -> None:
+        with pytest.raises(ValueError, match=r"temperature 2.0 .* draws at temperature 1.*objective.kd.temperature=1"):
+            self.draws(logits, 2).logprobs_at(2.0)
 
 
 class TestHiddenStates:
@@ -232,7 +322,7 @@ class TestHiddenStates:
         signals: list[TeacherSignal] = [
             LiveSignal(hidden, head, hidden_states=states),
             DenseSignal(logits, hidden_states=states),
-            TopKSignal(kept.ids, kept.logprobs, kept.tail, 12, hidden_states=states),
+            TopKSignal(kept.ids, kept.logprobs, kept.tails, 12, hidden_states=states),
         ]
         assert all(signal.hidden_states is states for signal in signals)
         assert kept.hidden_states is None

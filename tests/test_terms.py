@@ -10,7 +10,8 @@ from dense import H, LargestTensor, N, V, assert_same_gradients, make_scene
 from torch import Tensor
 
 from kdkit.losses import DivergenceTerm, LabelTerm, head_pass, logits_pass, reverse_kl, tvd
-from kdkit.teacher.signal import DenseSignal, LiveSignal, SparseSignal, TeacherSignal, TopKSignal
+from kdkit.teacher.kept import TopKSignal
+from kdkit.teacher.signal import DenseSignal, LiveSignal, SparseSignal, TeacherSignal
 
 
 def signals_of(logits: Tensor) -> dict[str, TeacherSignal]:

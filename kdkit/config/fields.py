@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, JsonValue, model_validator
 
-from kdkit.config.objective import ObjectiveConfig
+from kdkit.config.objective import LAST_HIDDEN_TERMS, UNIT_TERMS, ObjectiveConfig
 from kdkit.config.part import Count, Limit, Part
 from kdkit.config.rollout import RolloutConfig
 
@@ -29,6 +29,8 @@ class TeacherConfig(Part):
     """Attention implementation as transformers names it; None is the model's own choice."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for sources you trust."""
+    cache: str | None = None
+    """Folder that `kdkit cache` wrote: stages read there what the teacher says, and load no teacher."""
 
 
 class StudentConfig(Part):
@@ -229,6 +231,28 @@ class DistillConfig(Part):
             for problem in _rollout_problems(self):
                 raise ValueError(problem)
         return self
+
+    @model_validator(mode="after")
+    def _cache_suffices(self) -> "DistillConfig":
+        if self.teacher.cache is not None:
+            for problem in cache_problems(self):
+                raise ValueError(problem)
+        return self
+
+
+def cache_problems(config: DistillConfig) -> Iterator[str]:
+    """Why no cache can stand for the teacher of a config."""
+    if config.rollout.is_on:
+        yield (
+            f"rollout.mode {config.rollout.mode} lets the student write new text, and teacher.cache knows only the "
+            "text it was cached on: set teacher.cache=null, or rollout.mode=off"
+        )
+    for name in UNIT_TERMS:
+        if name not in LAST_HIDDEN_TERMS and config.objective.weights[name].largest > 0:
+            yield (
+                f"objective.{name} looks inside the teacher, and a cache keeps its distributions and last hidden "
+                f"states alone: set objective.{name}.weight=0, or teacher.cache=null"
+            )
 
 
 def _rollout_problems(config: DistillConfig) -> Iterator[str]:

@@ -29,6 +29,8 @@ TERM_NAMES = ("kd", "lm", "span", "dtw", "hidden", "attention", "layerwise", "co
 """Every term of the objective."""
 UNIT_TERMS = ("dtw", "hidden", "attention", "layerwise", "contrastive", "routing")
 """Those that compare units of text."""
+LAST_HIDDEN_TERMS = ("dtw", "hidden", "contrastive")
+"""Of these, those that look at the last hidden states alone, which a cache can hold."""
 
 
 class KdConfig(Part):

@@ -1,5 +1,6 @@
 """Rows of tokens to batches: every index that a training step needs is made here, from lengths alone."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NotRequired, TypedDict
@@ -51,6 +52,8 @@ class Batch(TypedDict):
     """(B, T), at the token itself; -1 = none."""
     row_ids: torch.Tensor
     """(B,)"""
+    row_keys: np.ndarray
+    """(B,) int64 `row_key` of each row, kept on the host: what a cached teacher finds its rows by."""
     max_units: int
     """The most units of a row."""
     num_units: int
@@ -134,6 +137,7 @@ class DistillCollator:
         return Batch(
             **{name: torch.from_numpy(array) for name, array in arrays.items()},  # type: ignore[typeddict-item]
             **starts,
+            row_keys=np.array([row_key(row["input_ids"], row["prompt_length"]) for row in rows], dtype=np.int64),
             max_units=int(most_units.max()),
             num_units=int(most_units.sum()),
             num_sequences=int((most_units > 0).sum()),
@@ -143,6 +147,13 @@ class DistillCollator:
     def _padded_length(self, longest: int) -> int:
         multiple = self.pad_to_multiple_of or 1
         return -(-longest // multiple) * multiple
+
+
+def row_key(input_ids: Sequence[int], prompt_length: int) -> int:
+    """What a row is known by wherever it stands: 64 bits of a digest of its tokens and of where its answer begins."""
+    tokens = np.asarray(input_ids, dtype="<i4").tobytes()
+    digest = hashlib.blake2b(tokens, digest_size=8, salt=int(prompt_length).to_bytes(8, "little")).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def teacher_view(batch: Batch) -> Batch:

@@ -13,6 +13,7 @@ from kdkit.loading.heads import (
     shared_vocab_size,
 )
 from kdkit.loading.models import ModelDescription, Quantization, describe_model, load_model
+from kdkit.loading.places import files_of
 from kdkit.loading.teachers import load_teacher
 from kdkit.loading.tokenizers import load_tokenizer
 
@@ -29,6 +30,7 @@ __all__ = [
     "check_head",
     "check_tokenizer_fits",
     "describe_model",
+    "files_of",
     "head_of",
     "head_width",
     "inside_of",

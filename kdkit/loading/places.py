@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 
 from kdkit.attached import find_model
@@ -58,6 +59,24 @@ def locate(path: str | Path, *, revision: str | None = None) -> Place:
         return Place(str(attached), None, local_files_only=True, is_folder=True)
     logger.warning("the hub is not reachable: %s is looked up in the local cache only", name)
     return Place(name, revision, local_files_only=True, is_folder=False)
+
+
+def files_of(path: str | Path, *, revision: str | None = None) -> Path | None:
+    """The folder of a model's files, as far as they are on this machine; the hub is not asked.
+
+    Args:
+        path: folder of a model or a hub name.
+        revision: branch, tag or commit on the hub.
+    Returns:
+        The folder that has its config.json; None where there is none here.
+    """
+    local = Path(path).expanduser()
+    if (local / "config.json").is_file():
+        return local
+    if isinstance(path, Path) or _is_written_like_a_path(path):
+        return None
+    held = try_to_load_from_cache(path, "config.json", revision=revision)
+    return Path(held).parent if isinstance(held, str) else find_model(path)
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""The teacher: what a loss may know of it (`signal`), and how a batch gets to know it (`sources`)."""
+"""The teacher: what a loss may know of it (`signal`, `kept`), and how a batch gets to know it (`sources`, `cache`)."""

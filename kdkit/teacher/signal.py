@@ -1,11 +1,11 @@
 """What a loss may know of the teacher: live or cached, dense or top-k, behind one protocol.
 
 A signal speaks of N positions laid end to end. `rows` cuts a few of them out, on the student's device; `logprobs_at`
-gives their log-probabilities over C columns: all V ids, or K kept ids and one bucket that holds the rest.
+gives their log-probabilities over C columns: all V ids, or K kept ids and one bucket that holds the rest. Signals of
+what was written down of a teacher are in `kept`.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -121,6 +121,10 @@ class Features:
     """The experts' own outputs for each unit."""
 
 
+NO_FEATURES = Features()
+"""Nothing was asked for."""
+
+
 class TeacherSignal(Protocol):
     """The teacher at N positions, as head pass and objective see it."""
 
@@ -232,101 +236,6 @@ class LiveSignal:
         """In the teacher's own dtype: the student's autocast would overflow it, and cast its head for every chunk."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head.logits(hidden)
-
-
-@dataclass(frozen=True, eq=False)
-class TopKSignal:
-    """The K most likely ids of every position, and how much mass all others hold together.
-
-    Softening needs every logit, so that log-probabilities and tail are kept for each temperature that will be asked.
-    """
-
-    ids: Tensor
-    """(N, K) integers, no id twice in a row"""
-    logprobs: dict[float, Tensor]
-    """temperature -> (N, K)"""
-    tail: dict[float, Tensor]
-    """temperature -> (N,) log of the mass of all other ids; −inf where K = V"""
-    num_ids: int
-    """V, the number of ids that these were chosen from"""
-    hidden_states: Tensor | None = None
-    """(B, T, H)"""
-    features: Features = Features()
-
-    def __post_init__(self) -> None:
-        if self.logprobs.keys() != self.tail.keys() or not self.logprobs:
-            raise ValueError(
-                f"top-k signal with log-probabilities at temperatures {sorted(self.logprobs)} and tails at "
-                f"{sorted(self.tail)}: give both for the same temperatures, at least one"
-            )
-        for temperature, kept in self.logprobs.items():
-            tail = self.tail[temperature]
-            if kept.shape != self.ids.shape or tail.shape != self.ids.shape[:1]:
-                raise ValueError(
-                    f"top-k signal at temperature {temperature}: ids {tuple(self.ids.shape)}, log-probabilities "
-                    f"{tuple(kept.shape)}, tail {tuple(tail.shape)}; they must be (N, K), (N, K) and (N,)"
-                )
-
-    @classmethod
-    @torch.no_grad()
-    def from_logits(cls, logits: Tensor, k: int, temperatures: Sequence[float]) -> "TopKSignal":
-        """Keep the k largest logits of each position.
-
-        Args:
-            logits: (N, V) the teacher's logits.
-            k: number of kept ids, 1 to V.
-            temperatures: those that will be asked for, each above 0.
-        Returns:
-            The signal on the logits' device; the tail is summed over the other ids, not taken as 1 − Σ, which would
-            leave nothing of a tail below 1e-7.
-        Raises:
-            ValueError: k is not within 1 to V; a temperature is not above 0; no temperature.
-        """
-        if not 1 <= k <= logits.shape[-1]:
-            raise ValueError(f"k={k}: give 1 to {logits.shape[-1]}, the number of ids")
-        ids = logits.topk(k, dim=-1).indices  # (N, K)
-        kept, tail = {}, {}
-        for temperature in temperatures:
-            buckets = bucket_logprobs(tempered_logprobs(logits, temperature), ids)  # (N, K + 1)
-            kept[temperature], tail[temperature] = buckets[:, :-1].clone(), buckets[:, -1].clone()
-        return cls(ids, kept, tail, logits.shape[-1])
-
-    @property
-    def num_positions(self) -> int:
-        """N."""
-        return self.ids.shape[0]
-
-    @property
-    def support(self) -> Tensor:
-        """(N, K) int64 kept ids."""
-        return self.ids.long()
-
-    def rows(self, start: int, stop: int, device: torch.device) -> "TopKSignal":
-        """Positions start to stop, on a device."""
-
-        def cut(values: dict[float, Tensor]) -> dict[float, Tensor]:
-            return {t: moved(v[start:stop], device) for t, v in values.items()}
-
-        return TopKSignal(moved(self.ids[start:stop], device), cut(self.logprobs), cut(self.tail), self.num_ids)
-
-    def logprobs_at(self, temperature: float) -> Tensor:
-        """Log-probabilities at a cached temperature; no gradient.
-
-        Args:
-            temperature: one of those kept.
-        Returns:
-            (N, K + 1) float32, the tail last.
-        Raises:
-            ValueError: the temperature was not cached.
-        """
-        key = next((t for t in self.logprobs if math.isclose(t, temperature, rel_tol=1e-6)), None)
-        if key is None:
-            raise ValueError(
-                f"temperature {temperature} was asked of a top-k signal that holds {sorted(self.logprobs)}: a tail "
-                "cannot be softened after the fact; use one of these, or cache again with this temperature"
-            )
-        columns = torch.cat([self.logprobs[key], self.tail[key].unsqueeze(-1)], dim=-1)  # (N, K + 1)
-        return at_least_float32(columns.detach())
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,22 +18,20 @@ from kdkit.config import DistillConfig, KdConfig
 from kdkit.config.reading import stage_config
 from kdkit.data.batch import DistillCollator, teacher_view
 from kdkit.data.rows import Rows
-from kdkit.data.spans import tokenizer_relation
 from kdkit.errors import UserError
 from kdkit.evaluation import Evaluation, GenerationSettings, evaluate_model, generate_answers, score_predictions
 from kdkit.loading import (
-    TokenizerKind,
     check_finite_logits,
     check_head,
     check_tokenizer_fits,
     head_width,
     load_model,
     load_teacher,
-    load_tokenizer,
     shared_vocab_size,
 )
 from kdkit.runtime import Preflight, preflight, usable_dtype
-from kdkit.teacher.sources import LiveTeacher
+from kdkit.teacher.cache import CachedTeacher, TeacherCache, cached_vocab_size, check_rows, open_fitting_cache
+from kdkit.teacher.sources import LiveTeacher, TeacherSource
 from kdkit.training import checkpoint
 from kdkit.training.card import model_card
 from kdkit.training.controls import Controls
@@ -43,6 +41,7 @@ from kdkit.training.progress import say
 from kdkit.training.rows import RunRows
 from kdkit.training.stage import StageInputs, run_stage
 from kdkit.training.stopping import StopRequest
+from kdkit.training.tokenizers import load_tokenizers
 
 STAGE_SEED_STRIDE = 1000
 """Distance between the seeds of two stages, so that runs with neighbouring seeds never share one."""
@@ -118,13 +117,18 @@ class _Run:
             torch.set_num_threads(self.config.threads)
         # One process measures while the others wait: longer than torch's ten minutes.
         self.processes = PartialState(cpu=self.machine.device == "cpu", timeout=timedelta(hours=4))
-        self.tokenizer = self._load_tokenizers()
+        self.cache = open_fitting_cache(self.config, verify=self.processes.is_main_process)
+        found = load_tokenizers(self.config, cached=None if self.cache is None else self.cache.tokenizer)
+        self.tokenizer, self.teacher_tokenizer, self.tokenizer_kind = found.student, found.teacher, found.kind
         across = None if self.teacher_tokenizer is None else Across()
         for name in self.config.stages:  # refuses terms that do not go with these tokenizers
             Objective(stage_config(self.config, name).objective, across=across)
         self.collator = DistillCollator.of(self.tokenizer, self.teacher_tokenizer)
         self.rows = RunRows(self.tokenizer, self.teacher_tokenizer)
         used = self.rows.describe({name: stage_config(self.config, name) for name in self.config.stages})
+        if self.cache is not None:
+            self._check_cached_rows(self.cache)
+            say(f"teacher: {self.cache.describe()}")
         if self.processes.is_main_process:
             setup = {
                 "precision": self._dtype_name(self.config.optim.precision),
@@ -141,12 +145,17 @@ class _Run:
         settings = stage_config(self.config, name)
         settings = settings.model_copy(update={"seed": self.config.seed + STAGE_SEED_STRIDE * index})
         student = self._load_student(after)
-        teacher = self._load_teacher() if settings.objective.needs_teacher else None
+        teacher: TeacherSource | None = None
         vocab_size = across = None
-        if teacher is not None and self.teacher_tokenizer is not None:
-            across = self._across(settings.objective.kd, student, self.teacher_tokenizer)
-        elif teacher is not None:
-            vocab_size = teacher.vocab_size = self._shared_vocab_size(student)
+        if settings.objective.needs_teacher and self.cache is not None:
+            teacher = CachedTeacher(self.cache, top_k=settings.objective.kd.top_k)
+            vocab_size = cached_vocab_size(self.cache, student)
+        elif settings.objective.needs_teacher:
+            teacher = live = self._load_teacher()
+            if self.teacher_tokenizer is not None:
+                across = self._across(settings.objective.kd, student, self.teacher_tokenizer)
+            else:
+                vocab_size = live.vocab_size = self._shared_vocab_size(student)
         inputs = StageInputs(
             student=student,
             tokenizer=self.tokenizer,
@@ -194,31 +203,12 @@ class _Run:
 
     # ---- parts ----
 
-    def _load_tokenizers(self) -> PreTrainedTokenizerBase:
-        """The student's tokenizer; the teacher's is kept apart where it reads text in another way."""
-        student, teacher = self.config.student, self.config.teacher
-        self.tokenizer_kind: TokenizerKind = "same"
-        self.teacher_tokenizer: PreTrainedTokenizerBase | None = None
-        other = load_tokenizer(teacher.path, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
-        if student.from_scratch and student.tokenizer is None:
-            return other
-        tokenizer = load_tokenizer(
-            student.tokenizer or student.path,
-            revision=student.revision if student.tokenizer is None else None,
-            trust_remote_code=student.trust_remote_code,
-        )
-        relation = tokenizer_relation(tokenizer, other)
-        self.tokenizer_kind = relation.kind
-        if relation.kind == "different":
-            self.teacher_tokenizer = other
-            say(f"teacher and student have different tokenizers: {relation.evidence}; text is compared by its bytes")
-        elif tokenizer.eos_token_id != other.eos_token_id:
-            raise UserError(
-                f"the teacher ends its text with {other.eos_token!r} and the student with {tokenizer.eos_token!r}: "
-                "the student would learn an end that does not stop it. Pair a base model with a base model, a chat "
-                "model with a chat model"
-            )
-        return tokenizer
+    def _check_cached_rows(self, cache: TeacherCache) -> None:
+        """Refuse rows that the cache knows nothing of, before anything is trained."""
+        for name in self.config.stages:
+            settings = stage_config(self.config, name)
+            for kind in ("train", "validation") if settings.objective.needs_teacher else ():
+                check_rows(cache, self.rows.encoded(kind, settings).dataset, kind=kind, config=settings)
 
     def _load_student(self, after: Path | None) -> PreTrainedModel:
         """The student as the stage before left it, or as the config names it."""
