@@ -7,6 +7,7 @@ all phases (weights, optimizer states) is in each of them.
 from dataclasses import dataclass, field
 
 from kdkit.config import DistillConfig
+from kdkit.config.objective import LAST_HIDDEN_TERMS
 from kdkit.memory.activations import (
     HALF,
     SINGLE,
@@ -29,6 +30,8 @@ BLOCK_BYTES = 2**22 * SINGLE
 """Entries of the logits that the losses take at a time on a card, float32."""
 NUM_BLOCKS = 9
 """Tensors of that size alive at once: log-probabilities of both sides, the loss's own, gradients."""
+CACHED_IDS = 64
+"""Ids that a cached teacher keeps of each token where the config does not say."""
 NUM_DTW_MATRICES = 6
 """Tensors (3B, U, U) float32 alive at once in soft-DTW's divergence: costs, alignment, gradient."""
 NUM_DTW_STATES = 8
@@ -163,7 +166,8 @@ class _Estimate:
 
     @property
     def _needs_teacher(self) -> bool:
-        return self.config.objective.needs_teacher
+        """Whether the model itself is in memory while training."""
+        return self.config.objective.needs_teacher and self.config.teacher.cache is None
 
     @property
     def _is_beside(self) -> bool:
@@ -263,6 +267,13 @@ class _Estimate:
             states += maps * sizes.num_layers
         return states
 
+    def _cached_bytes(self, rows: int) -> int:
+        """Ids and log-probabilities of all tokens of a batch, and states where a term looks at them."""
+        num_tokens, k = rows * self._length, self.config.objective.kd.top_k or CACHED_IDS
+        compares_states = any(self.config.objective.weights[name].largest > 0 for name in LAST_HIDDEN_TERMS)
+        states = HALF * self.teacher.hidden * 2 if compares_states else 0
+        return num_tokens * (k * (HALF + SINGLE) + states)
+
     # ---- the student's pass ----
 
     def _waiting(self) -> Parts:
@@ -279,7 +290,9 @@ class _Estimate:
             )
         }
         parts |= self._half_copies()
-        if self._needs_teacher and not self._is_beside:
+        if self.config.teacher.cache is not None:
+            parts["teacher's signal"] = self._cached_bytes(self._rows)
+        elif self._needs_teacher and not self._is_beside:
             parts["teacher's signal"] = self._signal_bytes(self._rows)
         return parts
 

@@ -14,6 +14,7 @@ from typing import cast
 from pydantic import JsonValue
 
 from kdkit.config import DistillConfig
+from kdkit.config.fields import cache_problems
 from kdkit.config.reading import load_config
 from kdkit.errors import UserError
 from kdkit.memory.cards import Card
@@ -25,6 +26,8 @@ Changes = Mapping[str, JsonValue]
 FULL_FRACTION = 0.92
 """A card is called full above this share: the estimate may be off by what is left."""
 CHUNKS = (1024, 512, 256, 128, 64)
+PADDING_FRACTION = 0.01
+"""By how much two heads over one vocabulary differ at most: families round it up differently."""
 SHORTER = (1.0, 0.75, 0.5, 0.375, 0.25)
 
 
@@ -90,6 +93,9 @@ def _sacrifices(config: DistillConfig, pair: Pair) -> Iterator[tuple[tuple[str, 
     single: list[tuple[str, Changes]] = []
     if config.objective.needs_teacher and config.teacher.dtype == "float32":
         single.append(("the teacher's weights in half precision", {"teacher.dtype": "auto"}))
+    if _is_cacheable(config, pair):
+        word = "the teacher asked once beforehand (kdkit cache CONFIG --output cache), for its likeliest ids"
+        single.append((word, {"teacher.cache": "cache"}))
     if config.optim.optimizer == "adamw_torch":
         single.append(("the optimizer's states in 8 bits", {"optim.optimizer": "adamw_8bit"}))
     if config.objective.needs_teacher and config.teacher.quantization is None:
@@ -105,6 +111,14 @@ def _sacrifices(config: DistillConfig, pair: Pair) -> Iterator[tuple[tuple[str, 
             for chosen in itertools.combinations(single, count):
                 merged = {name: value for _, changes in chosen for name, value in changes.items()}
                 yield (*(word for word, _ in chosen), *words), {**merged, **shorter}
+
+
+def _is_cacheable(config: DistillConfig, pair: Pair) -> bool:
+    """Whether a cached teacher can serve every stage; vocabularies of other sizes are taken for other tokenizers."""
+    smaller, larger = sorted((pair.teacher.vocab_size, pair.student.vocab_size))
+    is_one_tokenizer = larger - smaller < PADDING_FRACTION * larger
+    problems = itertools.chain.from_iterable(map(cache_problems, stages_of(config).values()))
+    return config.objective.needs_teacher and config.teacher.cache is None and is_one_tokenizer and not any(problems)
 
 
 def _shorter(config: DistillConfig, share: float) -> Changes:

@@ -31,9 +31,7 @@ class Speed:
     """In words, for the reader."""
 
 
-def looked_up_speed(
-    config: DistillConfig, *, teacher: ModelSizes, student: ModelSizes, card: Card, has_live_teacher: bool = True
-) -> Speed:
+def looked_up_speed(config: DistillConfig, *, teacher: ModelSizes, student: ModelSizes, card: Card) -> Speed:
     """An optimizer step by the operations it takes, the card's stated rate and an assumed share of it.
 
     Args:
@@ -41,7 +39,6 @@ def looked_up_speed(
         teacher: the teacher's sizes.
         student: the student's sizes.
         card: on which it is to run.
-        has_live_teacher: whether the teacher is asked at every step.
     Returns:
         The speed; wrong by a factor of two or so, and right in what is faster than what.
     """
@@ -51,7 +48,7 @@ def looked_up_speed(
     passes = 4 if config.student.gradient_checkpointing else 3  # of 2 operations a parameter
     work = 2 * passes * _operations(student, length)
     layers = student.num_layers * (passes / 3)
-    if has_live_teacher and config.objective.needs_teacher:
+    if config.objective.needs_teacher and config.teacher.cache is None:
         # NF4 is unpacked for every product: about a third more
         work += 2 * _operations(teacher, length) * (1.35 if config.teacher.quantization else 1.0)
         layers += teacher.num_layers / 3
