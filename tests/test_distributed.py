@@ -126,13 +126,14 @@ class TestTwoProcesses:
 
 class TestCheckSharding:
     plugin = SimpleNamespace(state_dict_type="StateDictType.FULL_STATE_DICT", fsdp_version=1, use_orig_params=True)
-    nothing = {"has_rollout": False, "has_average": False, "watches_rouge_l": False}  # noqa: RUF012
+    nothing = {"has_rollout": False, "has_average": False, "has_lora": False, "watches_rouge_l": False}  # noqa: RUF012
 
     @pytest.mark.parametrize(
         ("asked", "message"),
         [
             ("has_rollout", "use DDP, or mode off"),
             ("has_average", r"optim\.ema averages the whole student .* use DDP, or ema=null"),
+            ("has_lora", r"student\.lora is small .* use DDP, or lora=null"),
             ("watches_rouge_l", r"use DDP, or early_stopping\.metric=cross_entropy"),
         ],
     )

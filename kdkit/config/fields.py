@@ -31,8 +31,25 @@ class TeacherConfig(Part):
     """Run Python code that comes with the model. Only for sources you trust."""
 
 
+class LoraConfig(Part):
+    """LoRA layers in a frozen student (peft): the weights that are trained and checkpointed are a hundredth of its own,
+    with as much less for gradients and optimizer. A finished student has them merged in, and holds them apart in
+    `model/lora` too; stages go on with the same layers. Experts of an MoE student stay as they are. Not under FSDP."""
+
+    rank: Count = 16
+    """Width of each layer's two factors. LoRA (arXiv:2106.09685) has 1 to 64, peft 8."""
+    alpha: float = Field(default=32.0, gt=0)
+    """What is learnt counts alpha / rank times: 2, as "LoRA Learns Less and Forgets Less" has it (arXiv:2405.09673)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of the layers' input while training; 0 as in peft."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Layers by the end of their name, such as [q_proj, v_proj]; all-linear: all but the head (QLoRA)."""
+    base_dtype: DtypeName = "auto"
+    """Frozen weights in memory; auto: float32 on CPU, bfloat16 where the card has it in hardware, else float16."""
+
+
 class StudentConfig(Part):
-    """The model to train; its weights are always float32."""
+    """The model to train; what is trained of it is always float32."""
 
     path: str
     """Folder or hub name of a causal language model, or of a config when `from_scratch`."""
@@ -46,8 +63,19 @@ class StudentConfig(Part):
     """Attention implementation as transformers names it; None is the model's own choice."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    lora: LoraConfig | None = None
+    """Train LoRA layers alone; None: all weights. {} takes the defaults; the learning rate wants to be higher then."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for sources you trust."""
+
+    @model_validator(mode="after")
+    def _lora_has_something_to_start_from(self) -> "StudentConfig":
+        if self.lora is not None and self.from_scratch:
+            raise ValueError(
+                "lora leaves the student's weights as they are, and from_scratch makes them random: set lora=null, or "
+                "from_scratch=false"
+            )
+        return self
 
 
 class DataConfig(Part):

@@ -12,16 +12,19 @@ from kdkit.loading.heads import (
     shape_of,
     shared_vocab_size,
 )
+from kdkit.loading.lora import LORA_FOLDER, add_lora, has_lora, merge_lora, read_lora, write_lora
 from kdkit.loading.models import ModelDescription, Quantization, describe_model, load_model
 from kdkit.loading.teachers import load_teacher
 from kdkit.loading.tokenizers import load_tokenizer
 
 __all__ = [
+    "LORA_FOLDER",
     "ModelDescription",
     "ModelShape",
     "Quantization",
     "States",
     "TokenizerKind",
+    "add_lora",
     "backbone_hidden",
     "backbone_states",
     "check_causal",
@@ -29,13 +32,17 @@ __all__ = [
     "check_head",
     "check_tokenizer_fits",
     "describe_model",
+    "has_lora",
     "head_of",
     "head_width",
     "inside_of",
     "load_model",
     "load_teacher",
     "load_tokenizer",
+    "merge_lora",
     "output_flags",
+    "read_lora",
     "shape_of",
     "shared_vocab_size",
+    "write_lora",
 ]

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from kdkit.errors import UserError
 from kdkit.loading.backbone import ModelShape, backbone_hidden
+from kdkit.loading.lora import has_lora
 from kdkit.teacher.signal import Head
 
 TokenizerKind = Literal["same", "padded", "different"]
@@ -205,6 +206,8 @@ def _head_obstacle(model: PreTrainedModel) -> str | None:
         return "it names no output embeddings"
     # Exactly Linear: a LoRA wrapper adds nothing at first, so no probe would notice it before training does.
     if type(linear) is not torch.nn.Linear:
+        if has_lora(linear):
+            return "LoRA layers are trained beside its head"
         return f"its head is a {type(linear).__name__}, not a plain linear layer"
     if model.base_model is model:
         return "its backbone cannot be called apart from its head"

@@ -22,7 +22,9 @@ from kdkit.data.spans import tokenizer_relation
 from kdkit.errors import UserError
 from kdkit.evaluation import Evaluation, GenerationSettings, evaluate_model, generate_answers, score_predictions
 from kdkit.loading import (
+    LORA_FOLDER,
     TokenizerKind,
+    add_lora,
     check_finite_logits,
     check_head,
     check_tokenizer_fits,
@@ -30,6 +32,7 @@ from kdkit.loading import (
     load_model,
     load_teacher,
     load_tokenizer,
+    read_lora,
     shared_vocab_size,
 )
 from kdkit.runtime import Preflight, preflight, usable_dtype
@@ -222,18 +225,23 @@ class _Run:
 
     def _load_student(self, after: Path | None) -> PreTrainedModel:
         """The student as the stage before left it, or as the config names it."""
-        settings = self.config.student
+        settings, lora = self.config.student, self.config.student.lora
+        changed = None if lora is not None else after  # LoRA layers go on beside the weights that they began with
         student = load_model(
-            settings.path if after is None else after,
-            dtype=torch.float32,
+            changed or settings.path,
+            dtype=getattr(torch, "float32" if lora is None else self._dtype_name(lora.base_dtype)),
             device=self._device(),
-            trainable=True,
-            revision=settings.revision if after is None else None,
+            trainable=lora is None,
+            revision=settings.revision if changed is None else None,
             attn_implementation=settings.attention,
             trust_remote_code=settings.trust_remote_code,
-            from_scratch=settings.from_scratch and after is None,
+            from_scratch=settings.from_scratch and changed is None,
             seed=self.config.seed,
         )
+        if lora is not None:
+            add_lora(student, lora, seed=self.config.seed)
+            if after is not None:
+                read_lora(student, after / LORA_FOLDER)
         check_tokenizer_fits(student, self.tokenizer)
         if settings.gradient_checkpointing:
             student.activation_checkpointing_enable({"use_reentrant": False})

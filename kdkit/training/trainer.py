@@ -32,6 +32,7 @@ from transformers.trainer_utils import TrainOutput
 from kdkit.config import EmaConfig
 from kdkit.data.batch import Batch, DistillCollator
 from kdkit.errors import RunFailed
+from kdkit.loading import has_lora
 from kdkit.runtime import preserved_rng_state, rng_state, set_rng_state, undisturbed_rng
 from kdkit.teacher.sources import TeacherSource
 from kdkit.training import checkpoint
@@ -137,6 +138,7 @@ class DistillTrainer(Trainer):
                 self.accelerator.state.fsdp_plugin,
                 has_rollout=rollout is not None,
                 has_average=ema is not None,
+                has_lora=has_lora(model.student),
                 watches_rouge_l=early_stopping is not None and early_stopping.config.metric == "rouge_l",
             )
         self.average = None if ema is None else WeightAverage(self.model, ema)
@@ -413,7 +415,7 @@ class DistillTrainer(Trainer):
                 checkpoint.rotate(folder, keep=self.keep)
 
     def _weight_bytes(self) -> int:
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The student as `from_pretrained` reads it, and what belongs to it."""
