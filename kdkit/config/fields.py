@@ -24,11 +24,23 @@ class TeacherConfig(Part):
     quantization: Literal["nf4", "int8"] | None = None
     """Weights in 4 or 8 bits (bitsandbytes, GPU only); int8 needs a card of 2018 or newer."""
     device: str = "auto"
-    """auto: the student's device. A second card is named as cuda:1."""
+    """auto: another card where one process has several, else the student's. A card is named as cuda:1. offload, the
+    last resort: weights stay in the machine's memory, and each layer goes to the student's device when it computes. A
+    pass then takes as long as all weights take over the bus (7B in 16 bits: 14 GB, over a second); an answer takes
+    that for each token, so that evaluation.teacher=false is worth a thought."""
     attention: str | None = None
     """Attention implementation as transformers names it; None is the model's own choice."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for sources you trust."""
+
+    @model_validator(mode="after")
+    def _offload_is_of_plain_weights(self) -> "TeacherConfig":
+        if self.device == "offload" and self.quantization is not None:
+            raise ValueError(
+                f"device offload moves weights as they are, and quantization {self.quantization} packs them for one "
+                "card: set quantization=null, or give another device"
+            )
+        return self
 
 
 class LoraConfig(Part):
@@ -250,6 +262,15 @@ class DistillConfig(Part):
     """Seeds weights, row order and dropout; each stage derives its own. DistiLLM runs 10 to 50."""
     threads: Count | None = None
     """CPU threads of torch; None takes its own choice. Pin it where a resume has to be bit-identical."""
+
+    @model_validator(mode="after")
+    def _experts_are_there_to_be_read(self) -> "DistillConfig":
+        if self.teacher.device == "offload" and self.objective.weights["routing"].largest > 0:
+            raise ValueError(
+                "objective.routing reads the teacher's experts, which are on no device between two passes under "
+                "teacher.device offload: set objective.routing.weight=0, or give another device"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rollout_fits(self) -> "DistillConfig":

@@ -2,6 +2,7 @@
 
 from kdkit.loading.backbone import ModelShape, States, backbone_hidden, backbone_states, inside_of, output_flags
 from kdkit.loading.heads import (
+    LogitsOverflow,
     TokenizerKind,
     check_causal,
     check_finite_logits,
@@ -14,11 +15,12 @@ from kdkit.loading.heads import (
 )
 from kdkit.loading.lora import LORA_FOLDER, add_lora, has_lora, merge_lora, read_lora, write_lora
 from kdkit.loading.models import ModelDescription, Quantization, describe_model, load_model
-from kdkit.loading.teachers import load_teacher
+from kdkit.loading.teachers import load_teacher, teacher_device, teacher_dtype
 from kdkit.loading.tokenizers import load_tokenizer
 
 __all__ = [
     "LORA_FOLDER",
+    "LogitsOverflow",
     "ModelDescription",
     "ModelShape",
     "Quantization",
@@ -44,5 +46,7 @@ __all__ = [
     "read_lora",
     "shape_of",
     "shared_vocab_size",
+    "teacher_device",
+    "teacher_dtype",
     "write_lora",
 ]

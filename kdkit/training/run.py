@@ -23,6 +23,7 @@ from kdkit.errors import UserError
 from kdkit.evaluation import Evaluation, GenerationSettings, evaluate_model, generate_answers, score_predictions
 from kdkit.loading import (
     LORA_FOLDER,
+    LogitsOverflow,
     TokenizerKind,
     add_lora,
     check_finite_logits,
@@ -34,8 +35,9 @@ from kdkit.loading import (
     load_tokenizer,
     read_lora,
     shared_vocab_size,
+    teacher_device,
 )
-from kdkit.runtime import Preflight, preflight, usable_dtype
+from kdkit.runtime import GIB, Preflight, preflight, usable_dtype
 from kdkit.teacher.sources import LiveTeacher
 from kdkit.training import checkpoint
 from kdkit.training.card import model_card
@@ -250,15 +252,34 @@ class _Run:
     def _load_teacher(self) -> LiveTeacher:
         """The teacher, loaded once for all stages and checked on its first rows."""
         if self._teacher is None:
-            model = load_teacher(self.config.teacher, self.machine, device=self._device())
+            model = self._load_finite_teacher()
             if self.teacher_tokenizer is not None:
                 check_tokenizer_fits(model, self.teacher_tokenizer)
-            rows = self.rows.encoded("train", self.config).dataset
-            first = self.collator([rows[i] for i in range(min(4, len(rows)))])
-            check_finite_logits(model, teacher_view(first))
             chunk_tokens = self.config.objective.chunk_tokens
             self._teacher = LiveTeacher(model, dense=_needs_dense_path(model, "teacher"), chunk_tokens=chunk_tokens)
         return self._teacher
+
+    def _load_finite_teacher(self) -> PreTrainedModel:
+        """The teacher on its device; with dtype auto in float32 where it overflows on its first rows in float16."""
+        settings, own = self.config.teacher, self._device()
+        device = teacher_device(settings, self.machine, student=own, num_processes=self.processes.num_processes)
+        card = self.machine.card(device)
+        if card is not None and card != self.machine.card(own):
+            say(f"teacher on {device} with {card.free_memory_bytes / GIB:.1f} GiB free, student on {own}")
+        rows = self.rows.encoded("train", self.config).dataset
+        first = teacher_view(self.collator([rows[i] for i in range(min(4, len(rows)))]))
+        model = load_teacher(settings, self.machine, device=device)
+        try:
+            check_finite_logits(model, first)
+        except LogitsOverflow:
+            if settings.dtype != "auto" or model.dtype != torch.float16:
+                raise
+            say("teacher: its logits overflow in float16, so that dtype auto takes float32, twice the memory")
+            del model
+            _free_memory()
+            model = load_teacher(settings.model_copy(update={"dtype": "float32"}), self.machine, device=device)
+            check_finite_logits(model, first)
+        return model
 
     def _across(self, config: KdConfig, student: PreTrainedModel, teacher_tokenizer: PreTrainedTokenizerBase) -> Across:
         """How the ids of the two models relate, as far as kd compares them."""
