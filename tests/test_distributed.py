@@ -24,7 +24,6 @@ FSDP = (
     "--use_fsdp",
     "--fsdp_version=1",
     "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP",
-    "--fsdp_transformer_layer_cls_to_wrap=LlamaDecoderLayer",
     "--fsdp_state_dict_type=FULL_STATE_DICT",
     "--fsdp_use_orig_params=true",
     "--fsdp_sync_module_states=false",  # the default asks for an accelerator

@@ -26,7 +26,14 @@ from kdkit.config.objective import (
     RoutingConfig,
     SpanConfig,
 )
-from kdkit.config.reading import demo_folder, dump_config, list_presets, load_config
+from kdkit.config.reading import (
+    demo_folder,
+    dump_config,
+    list_launch_configs,
+    list_presets,
+    load_config,
+    read_launch_config,
+)
 from kdkit.config.rollout import CollapseConfig, GateConfig, GuardConfig, RolloutConfig
 
 __all__ = [
@@ -58,6 +65,8 @@ __all__ = [
     "TeacherConfig",
     "demo_folder",
     "dump_config",
+    "list_launch_configs",
     "list_presets",
     "load_config",
+    "read_launch_config",
 ]
