@@ -324,6 +324,7 @@ class _Run:
             self._generation(settings),
             settings.evaluation.generate_rows,
             self.stop,
+            self.processes,
         )
 
     def _measure_finals(self) -> None:
@@ -393,6 +394,8 @@ class _ValidationAnswers:
     limit: int | None
     """Rows at each evaluation; None: all."""
     stop: StopRequest
+    processes: PartialState
+    """Share the rows."""
 
     def __call__(self, student: PreTrainedModel, limit: int | None) -> Mapping[str, float]:
         """ROUGE-L, exact match, and how long and how complete the answers are.
@@ -404,7 +407,14 @@ class _ValidationAnswers:
         else:
             lengths = [len(prompt) for prompt in self.rows["prompt"]]
             rows = self.rows.select(sorted(range(len(lengths)), key=lengths.__getitem__)[-min(limit, 2) :])
-        answers = generate_answers(student, self.tokenizer, rows["prompt"], self.settings, progress=self.stop.check)
+        answers = generate_answers(
+            student,
+            self.tokenizer,
+            rows["prompt"],
+            self.settings,
+            progress=self.stop.check,
+            processes=self.processes,
+        )
         scores = score_predictions([a.text for a in answers], rows["references"], resamples=0)
         return {
             "rouge_l": scores.rouge_l.value,

@@ -71,7 +71,7 @@ class DistillTrainer(Trainer):
         tokenizer: saved with every checkpoint.
         metrics: file of log rows.
         generate: answers validation rows with the student and measures them; called with the student and a limit of
-            rows (None: all). None: no generation while training.
+            rows (None: all), in all processes. None: no generation while training.
         rollout: puts the student's own text in place of gold rows; None: never.
         ema: how the average of the weights moves that is evaluated and left; None: the weights themselves are.
         early_stopping: ends the stage when evaluations bring nothing more; None: never.
@@ -265,7 +265,7 @@ class DistillTrainer(Trainer):
         """
         with preserved_rng_state(), self._averaged():
             figures = self._measure_objective(limit)
-            if self.generate is not None and not self.is_fsdp_enabled and self.is_world_process_zero():
+            if self.generate is not None and not self.is_fsdp_enabled:  # no process has a whole student under FSDP
                 figures |= self.generate(self.model.student, limit)
             self.accelerator.wait_for_everyone()
         if limit is None:
@@ -282,7 +282,7 @@ class DistillTrainer(Trainer):
 
     def _take_up(self, figures: dict[str, float]) -> dict[str, float]:
         """Log an evaluation and let threshold, early stopping and the best student follow from it."""
-        if self.accelerator.num_processes > 1:  # one process generated; the same has to follow in all
+        if self.accelerator.num_processes > 1:  # to the last bit: the same has to follow in all
             (figures,) = broadcast_object_list([figures])
         step, is_best, notes = self.state.global_step, False, []
         if self.rollout is not None:
