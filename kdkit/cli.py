@@ -271,6 +271,15 @@ def sweep(
         raise RunFailed(f"{len(result.failures)} of {len(runs)} runs failed:\n  {named}")
 
 
+@cli.command("launch-config")
+@click.argument("name", required=False)
+def launch_config(name: str | None) -> None:
+    """Print the file NAME for `accelerate launch --config_file`, to be kept and changed; without NAME, say which."""
+    from kdkit.config import list_launch_configs, read_launch_config
+
+    click.echo("\n".join(list_launch_configs()) if name is None else read_launch_config(name).rstrip())
+
+
 cli.add_command(kaggle)
 
 

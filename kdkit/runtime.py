@@ -43,6 +43,24 @@ _ARCH = re.compile(r"(?P<kind>sm|compute)_(?P<major>\d+)(?P<minor>\d)(?P<only>a?
 
 
 @dataclass(frozen=True)
+class Card:
+    """A card that this process may use."""
+
+    index: int
+    """As in `cuda:<index>`."""
+    name: str
+    capability: Capability
+    total_memory_bytes: int
+    free_memory_bytes: int
+    """When it was looked at, with nothing of this process on it but torch itself."""
+
+    @property
+    def device(self) -> str:
+        """As torch names it."""
+        return f"cuda:{self.index}"
+
+
+@dataclass(frozen=True)
 class Preflight:
     """What `preflight` found. `problem` and `remedy` are empty when there is nothing to say."""
 
@@ -64,6 +82,13 @@ class Preflight:
     """What is wrong; may be said while `ok`, when a card stands idle."""
     remedy: str
     """The line to run, or the thing to change."""
+    cards: tuple[Card, ...] = ()
+    """Those that this process may use and that ran the operation; a launcher gives each process one."""
+
+    def card(self, device: str) -> Card | None:
+        """The card that torch calls by this name, "cuda" being the first; None where it is none of these."""
+        kind, _, index = device.partition(":")
+        return next((card for card in self.cards if kind == "cuda" and card.index == int(index or 0)), None)
 
 
 @dataclass(frozen=True)
@@ -149,10 +174,12 @@ def _preflight_cuda() -> Preflight:
     num_devices = torch.cuda.device_count()
     arch_list = tuple(torch.cuda.get_arch_list())
     problem = remedy = ""
+    cards: list[Card] = []
     for index in _own_cards(num_devices):
         problem, remedy = _cuda_problem(index, arch_list)
         if problem:
             break
+        cards.append(_look_at(index))
     first = torch.cuda.get_device_properties(0)
     return Preflight(
         device="cuda",
@@ -164,7 +191,15 @@ def _preflight_cuda() -> Preflight:
         ok=not problem,
         problem=problem,
         remedy=remedy,
+        cards=tuple(cards),
     )
+
+
+def _look_at(index: int) -> Card:
+    import torch
+
+    free, total = torch.cuda.mem_get_info(index)
+    return Card(index, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index), total, free)
 
 
 def _own_cards(num_devices: int) -> Sequence[int]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_trainer import OBJECTIVES, assert_same_gradients, gradients_of, rows_of
-from tiny import ALL_TERMS, make_pair, tiny_config
+from tiny import ALL_TERMS, GradientDump, build_trainer, given_text, make_pair, tiny_config
 
 from kdkit.errors import UserError
 from kdkit.training.rollout import STATE_FILE, TEXTS_FILE, unpack_texts
@@ -24,7 +24,6 @@ FSDP = (
     "--use_fsdp",
     "--fsdp_version=1",
     "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP",
-    "--fsdp_transformer_layer_cls_to_wrap=LlamaDecoderLayer",
     "--fsdp_state_dict_type=FULL_STATE_DICT",
     "--fsdp_use_orig_params=true",
     "--fsdp_sync_module_states=false",  # the default asks for an accelerator
@@ -37,11 +36,13 @@ def pair(tmp_path_factory):
     return make_pair(tmp_path_factory.mktemp("pair"))
 
 
-def launch(folder, config, *options, scripted_rouge_l=False):
+def launch(folder, config, *options, scripted_rouge_l=False, has_given_text=False):
     """Train with `accelerate launch` on two processes, over gloo where there is no GPU; returns the log rows."""
     folder.mkdir(parents=True)
     if scripted_rouge_l:
         (folder / "rouge_l.json").write_text("[30.0, 29.0, 28.0, 27.0]")
+    if has_given_text:
+        (folder / "given_text").touch()
     (folder / "config.json").write_text(config.model_dump_json())
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", *options]
     command += ["--main_process_port", "0", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -71,6 +72,36 @@ class TestTwoProcesses:
         for key in ("loss", "cross_entropy"):
             assert measured[key] == pytest.approx(expected[key], rel=1e-4)
 
+    def test_of_batch_4_are_one_of_batch_8_on_a_given_text_of_the_student(self, pair, tmp_path):
+        """The counts are those of the text that came in, over both processes, not those of the rows it replaced."""
+        free = ("rollout.mode=on_policy", "rollout.threshold=1", "rollout.guard=null", "rollout.collapse=null")
+        more, objective = ("rollout.max_new_tokens=4",), {"kd": {"weight": 1.0}}
+        whole, half = (
+            tiny_config(pair, *free, *more, objective=objective, batch_size=size, **STEPS) for size in (8, 4)
+        )
+        dump = GradientDump()
+        trainer = build_trainer(whole, tmp_path / "one", callbacks=(dump,))
+        trainer.rollout.generate = given_text
+        trainer.train()
+        rows = launch(tmp_path / "two", half, "--multi_gpu", has_given_text=True)
+        for step, gradients in enumerate(dump.steps):
+            assert_same_gradients(load_file(tmp_path / "two" / f"gradients-{step}.safetensors"), gradients, 1e-4)
+        for mine, other in zip((row for row in rows if row["kind"] == "train"), rows_of(trainer), strict=True):
+            assert mine["rollout/fresh_fraction"] == other["rollout/fresh_fraction"] == 1
+            assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+    def test_draw_their_own_texts(self, pair, tmp_path):
+        """The same draw in each process would be one text in as many copies."""
+        free = ("rollout.mode=on_policy", "rollout.threshold=1", "rollout.guard=null", "rollout.collapse=null")
+        config = tiny_config(pair, *free, "rollout.max_new_tokens=4")
+        trainer, keys = build_trainer(config, tmp_path), []
+        batch = next(iter(trainer.get_train_dataloader()))
+        trainer.rollout.generate = lambda student, rows, *, key: keys.append(tuple(key)) or given_text(0, rows, key=0)
+        for rank in (0, 1):
+            accelerator = SimpleNamespace(num_processes=1, process_index=rank)
+            trainer.rollout.mix([batch], trainer.model.student, step=5, accelerator=accelerator)
+        assert keys == [(5, 0), (5, 1)]
+
     def test_hold_the_same_replay_buffer_and_threshold(self, pair, tmp_path):
         """Each writes its own texts; all keep those of all, so that a checkpoint of one speaks for both."""
         free = ("rollout.mode=adaptive", "rollout.threshold=0.9", "rollout.loss_epsilon=0", "rollout.guard=null")
@@ -87,7 +118,7 @@ class TestTwoProcesses:
         assert any(row.get("rollout/replayed_fraction") for row in rows)
 
     def test_hold_the_same_average_and_stop_at_the_same_step(self, pair, tmp_path):
-        """Only the first process generates: what it finds has to end the others too, or they wait for it for ever."""
+        """What the first process finds has to end the others too, or they wait for it for ever."""
         watch = ("evaluation.every_steps=1", "evaluation.early_stopping={patience: 2, min_delta: 100}", "optim.ema={}")
         config = tiny_config(pair, *watch, batch_size=4, **STEPS | {"max_steps": 8})
         rows = launch(tmp_path / "two", config, "--multi_gpu", scripted_rouge_l=True)
@@ -126,13 +157,14 @@ class TestTwoProcesses:
 
 class TestCheckSharding:
     plugin = SimpleNamespace(state_dict_type="StateDictType.FULL_STATE_DICT", fsdp_version=1, use_orig_params=True)
-    nothing = {"has_rollout": False, "has_average": False, "watches_rouge_l": False}  # noqa: RUF012
+    nothing = {"has_rollout": False, "has_average": False, "has_lora": False, "watches_rouge_l": False}  # noqa: RUF012
 
     @pytest.mark.parametrize(
         ("asked", "message"),
         [
             ("has_rollout", "use DDP, or mode off"),
             ("has_average", r"optim\.ema averages the whole student .* use DDP, or ema=null"),
+            ("has_lora", r"student\.lora is small .* use DDP, or lora=null"),
             ("watches_rouge_l", r"use DDP, or early_stopping\.metric=cross_entropy"),
         ],
     )

@@ -6,6 +6,7 @@ import random
 import string
 import warnings
 from collections import namedtuple
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from kdkit.evaluation import (
     evaluate_predictions,
     exact_match,
     generate_answers,
+    generation,
     label_losses,
     paired_difference,
     read_predictions,
@@ -407,6 +409,25 @@ class TestGenerateAnswers:
         assert not model.model.layers[0].training
         assert model.generation_config is config
         assert config.to_dict() == before
+
+    @pytest.mark.parametrize("sampling_temperature", [0.0, 1.0])
+    def test_processes_share_the_batches_and_each_has_the_answers_of_one(
+        self, model, tokenizer, monkeypatch, sampling_temperature
+    ):
+        settings = GenerationSettings(max_new_tokens=5, batch_size=1, sampling_temperature=sampling_temperature)
+        alone = generate_answers(model, tokenizer, PROMPTS, settings)
+        found = []
+
+        def gather(mine):  # as if all had come: the last one has what the others found before
+            found.extend(mine)
+            return found
+
+        monkeypatch.setattr(generation, "gather_object", gather)
+        ranks = [SimpleNamespace(num_processes=2, process_index=rank) for rank in (0, 1)]
+        with pytest.raises(KeyError):  # the first is alone with its half
+            generate_answers(model, tokenizer, PROMPTS, settings, processes=ranks[0])
+        assert generate_answers(model, tokenizer, PROMPTS, settings, processes=ranks[1]) == alone
+        assert {len(share) for share in found} == {len(PROMPTS) // 2, (len(PROMPTS) + 1) // 2}
 
     def test_restores_the_model_after_an_error(self, model, tokenizer):
         model.train()

@@ -1,8 +1,10 @@
 """Loading on tiny random models of many families, written and read back without network or GPU."""
 
+import dataclasses
 import json
 import logging
 import random
+import re
 import shutil
 import socket
 
@@ -11,14 +13,17 @@ import torch
 import transformers
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
+from tiny import ALL_TERMS, tiny_config
+from tokenizers import Tokenizer
+from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from kdkit import loading, runtime
 from kdkit.config import TeacherConfig
 from kdkit.errors import UserError
-from kdkit.loading import heads, places, teachers
-from kdkit.runtime import Preflight
+from kdkit.loading import heads, models, offload, places, teachers
+from kdkit.runtime import GIB, Card, Preflight
+from kdkit.training.run import run_distillation
 
 SMALL = {
     "vocab_size": 96,
@@ -84,7 +89,7 @@ def offline(monkeypatch):
 
 def write_tokenizer(folder, **special):
     vocabulary = {"<unk>": 0, "</s>": 1, "hello": 2, "world": 3}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
     return folder
 
@@ -504,6 +509,25 @@ class TestCheckFiniteLogits:
         with pytest.raises(UserError, match="float32"):
             loading.check_finite_logits(model, batch_of(4, 5))
 
+    @pytest.mark.parametrize("dtype", ["auto", "float16"])
+    def test_a_run_takes_float32_by_itself_where_it_was_asked_to_choose(
+        self, tiny_pair, tmp_path, monkeypatch, capsys, dtype
+    ):
+        teacher = AutoModelForCausalLM.from_pretrained(tiny_pair["teacher"], dtype=torch.float32)
+        with torch.no_grad():
+            teacher.lm_head.weight[7] = 6e4
+        folder = shutil.copytree(tiny_pair["teacher"], tmp_path / "teacher")
+        teacher.save_pretrained(folder)
+        chosen = {"auto": torch.float16, "float16": torch.float16, "float32": torch.float32}
+        monkeypatch.setattr(teachers, "teacher_dtype", lambda settings, machine, *, device: chosen[settings.dtype])
+        config = tiny_config(tiny_pair | {"teacher": str(folder)}, f"teacher.dtype={dtype}", max_steps=1)
+        if dtype == "float16":
+            with pytest.raises(UserError, match=r"not finite in float16.*float32"):
+                run_distillation(config, tmp_path / "run")
+            return
+        run_distillation(config, tmp_path / "run")
+        assert "logits overflow in float16, so that dtype auto takes float32" in capsys.readouterr().err
+
 
 class InfiniteAfterFourTokens(torch.nn.Module):
     def __init__(self, linear):
@@ -578,11 +602,108 @@ class TestLoadTeacher:
             (torch.float16, "cuda:0", None, None),
         ]
 
+    @pytest.mark.parametrize(
+        ("asked", "student", "num_processes", "free_gib", "device"),
+        [
+            ("auto", "cuda:0", 1, (15, 15), "cuda:1"),
+            ("auto", "cuda", 1, (15, 15), "cuda:1"),
+            ("auto", "cuda:0", 2, (15, 15), "cuda:0"),  # each process has its own card
+            ("auto", "cuda:0", 1, (15,), "cuda:0"),
+            ("auto", "cuda:0", 1, (15, 3, 14, 14), "cuda:2"),
+            ("auto", "cpu", 1, (15, 15), "cpu"),
+            ("cuda:0", "cuda:0", 1, (15, 15), "cuda:0"),
+            ("offload", "cuda:0", 1, (15, 15), "cuda:0"),
+        ],
+    )
+    def test_auto_is_another_card_where_one_process_has_several(self, asked, student, num_processes, free_gib, device):
+        cards = tuple(Card(i, "T4", (7, 5), 16 * GIB, free * GIB) for i, free in enumerate(free_gib))
+        machine = dataclasses.replace(self.machine("cuda", (7, 5)), cards=cards)
+        settings = TeacherConfig(path="p", device=asked)
+        assert loading.teacher_device(settings, machine, student=student, num_processes=num_processes) == device
+
+    def test_auto_dtype_is_that_of_the_teachers_own_card(self):
+        cards = (Card(0, "T4", (7, 5), GIB, GIB), Card(1, "A10", (8, 6), GIB, GIB))
+        machine = dataclasses.replace(self.machine("cuda", (7, 5)), cards=cards)
+        settings = TeacherConfig(path="p")
+        assert loading.teacher_dtype(settings, machine, device="cuda:1") == torch.bfloat16
+        assert loading.teacher_dtype(settings, machine, device="cuda:0") == torch.float16
+
     def test_no_bar_is_drawn_and_those_of_others_stay(self, llama_folder, capfd, monkeypatch):
         monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", True)
         loading.load_teacher(TeacherConfig(path=str(llama_folder)), self.machine())
         assert capfd.readouterr().err == ""
         assert transformers.utils.logging.is_progress_bar_enabled()
+
+
+class TestOffloadLayers:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_layers_are_on_no_device_between_passes_and_logits_the_same(self, family):
+        model, plain = tiny(family).requires_grad_(False), tiny(family)
+        offload.offload_layers(model, torch.device("cpu"))
+        ids = torch.tensor([[3, 4, 5, 6]])
+        assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+        held = [p for p in model.parameters() if p.device.type != "meta"]
+        layers = (module for module in plain.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == 2)
+        inside = sum(p.numel() for p in next(layers).parameters())
+        assert sum(p.numel() for p in held) == plain.num_parameters() - inside
+        assert model.device.type == "cpu"
+        assert loading.check_head(model) is None
+
+    def test_is_what_a_teacher_gets_that_asks_for_it(self, llama_folder, monkeypatch):
+        asked = []
+        monkeypatch.setattr(teachers, "offload_layers", lambda model, device: asked.append((model.device, device)))
+        settings = TeacherConfig(path=str(llama_folder), device="offload")
+        teacher = loading.load_teacher(settings, TestLoadTeacher.machine("cuda", (7, 5)), device="cuda:0")
+        assert asked == [(torch.device("cpu"), torch.device("cuda:0"))]
+        assert teacher.dtype == torch.float16  # of the card on which it computes
+
+    def test_a_model_without_named_layers_is_refused(self):
+        model = tiny("Llama")
+        model._no_split_modules = None
+        with pytest.raises(UserError, match=r"cannot be offloaded .*teacher\.quantization=nf4"):
+            offload.offload_layers(model, torch.device("cpu"))
+
+    @pytest.mark.parametrize(
+        ("setting", "message"),
+        [
+            ("teacher.quantization=nf4", "packs them for one card: set quantization=null"),
+            ("objective.routing.weight=1", r"set objective\.routing\.weight=0"),
+        ],
+    )
+    def test_what_does_not_go_with_it_is_refused_by_name(self, tiny_pair, setting, message):
+        with pytest.raises(UserError, match=message):
+            tiny_config(tiny_pair, "teacher.device=offload", setting)
+
+    def test_a_run_with_it_is_the_run_without(self, tiny_pair, tmp_path):
+        rows = {}
+        for device in ("offload", "auto"):
+            config = tiny_config(tiny_pair, f"teacher.device={device}", "evaluation.teacher=true", objective=ALL_TERMS)
+            result = run_distillation(config, tmp_path / device)
+            log = [json.loads(line) for line in (tmp_path / device / "metrics.jsonl").read_text().splitlines()]
+            rows[device] = [row["loss"] for row in log], result.evaluations["teacher"]["rouge_l"]
+        assert rows["offload"] == rows["auto"]
+
+
+class TestWhatStaysUnpacked:
+    def test_experts_in_one_parameter_are_named_where_they_are_most(self, caplog):
+        """transformers 5 keeps experts stacked, and bitsandbytes looks for linear layers: 4 bits were 15 for such."""
+        model = tiny("Qwen3Moe", hidden_size=64, num_experts=16).half()
+        pack_linear(model)
+        models._say_what_stays_unpacked(model, "some/moe")
+        assert re.search(r"some/moe: quantization packs .* leaves .*experts\.", caplog.text)
+
+    def test_nothing_is_said_where_most_is_packed(self, caplog):
+        model = tiny("Llama", hidden_size=64, vocab_size=8).half()
+        pack_linear(model)
+        models._say_what_stays_unpacked(model, "some/llama")
+        assert not caplog.records
+
+
+def pack_linear(model):
+    """What 8 bits leave: the weights of linear layers, the head's apart, as int8."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.weight = torch.nn.Parameter(module.weight.detach().to(torch.int8), requires_grad=False)
 
 
 class TestDescribeModel:

@@ -78,7 +78,7 @@ class TestInstallLine:
 def simulate_cards(monkeypatch):
     """Make torch report cards that are not here; `failure` is what the small operation says on each."""
 
-    def simulate(capabilities, *, arch_list, failure=""):
+    def simulate(capabilities, *, arch_list, failure="", free_gib=15):
         properties = namedtuple("properties", "name total_memory")("Simulated card", 16 * GIB)
         cuda = torch.cuda
         monkeypatch.setattr(cuda, "is_available", lambda: True)
@@ -87,6 +87,7 @@ def simulate_cards(monkeypatch):
         monkeypatch.setattr(cuda, "get_device_name", lambda index: properties.name)
         monkeypatch.setattr(cuda, "get_device_properties", lambda index: properties)
         monkeypatch.setattr(cuda, "get_arch_list", lambda: arch_list)
+        monkeypatch.setattr(cuda, "mem_get_info", lambda index: ((free_gib - index) * GIB, 16 * GIB))
         monkeypatch.setattr(runtime, "_operation_failure", lambda device: failure)
 
     return simulate
@@ -113,6 +114,11 @@ class TestPreflight:
         assert (found.num_devices, found.capability) == (2, (7, 5))
         assert found.total_memory_bytes == 16 * GIB
         assert found.problem == found.remedy == ""
+        assert [card.device for card in found.cards] == ["cuda:0", "cuda:1"]
+        assert [card.free_memory_bytes for card in found.cards] == [15 * GIB, 14 * GIB]
+        assert found.card("cuda:1").free_memory_bytes == 14 * GIB
+        assert found.card("cuda") == found.card("cuda:0") == found.cards[0]
+        assert found.card("cpu") is found.card("cuda:2") is None
 
     def test_the_second_card_is_looked_at_too(self, simulate_cards):
         simulate_cards([(8, 0), (6, 1)], arch_list=TORCH_28_CU128)

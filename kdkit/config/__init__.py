@@ -8,6 +8,7 @@ from kdkit.config.fields import (
     EmaConfig,
     EvaluationConfig,
     LoggingConfig,
+    LoraConfig,
     OptimConfig,
     StudentConfig,
     TeacherConfig,
@@ -25,7 +26,14 @@ from kdkit.config.objective import (
     RoutingConfig,
     SpanConfig,
 )
-from kdkit.config.reading import demo_folder, dump_config, list_presets, load_config
+from kdkit.config.reading import (
+    demo_folder,
+    dump_config,
+    list_launch_configs,
+    list_presets,
+    load_config,
+    read_launch_config,
+)
 from kdkit.config.rollout import CollapseConfig, GateConfig, GuardConfig, RolloutConfig
 
 __all__ = [
@@ -47,6 +55,7 @@ __all__ = [
     "LayerwiseConfig",
     "LmConfig",
     "LoggingConfig",
+    "LoraConfig",
     "ObjectiveConfig",
     "OptimConfig",
     "RolloutConfig",
@@ -56,6 +65,8 @@ __all__ = [
     "TeacherConfig",
     "demo_folder",
     "dump_config",
+    "list_launch_configs",
     "list_presets",
     "load_config",
+    "read_launch_config",
 ]

@@ -24,7 +24,10 @@ class TeacherConfig(Part):
     quantization: Literal["nf4", "int8"] | None = None
     """Weights in 4 or 8 bits (bitsandbytes, GPU only); int8 needs a card of 2018 or newer."""
     device: str = "auto"
-    """auto: the student's device. A second card is named as cuda:1."""
+    """auto: another card where one process has several, else the student's. A card is named as cuda:1. offload, the
+    last resort: weights stay in the machine's memory, and each layer goes to the student's device when it computes. A
+    pass then takes as long as all weights take over the bus (7B in 16 bits: 14 GB, over a second); an answer takes
+    that for each token, so that evaluation.teacher=false is worth a thought."""
     attention: str | None = None
     """Attention implementation as transformers names it; None is the model's own choice."""
     trust_remote_code: bool = False
@@ -32,9 +35,35 @@ class TeacherConfig(Part):
     cache: str | None = None
     """Folder that `kdkit cache` wrote: stages read there what the teacher says, and load no teacher."""
 
+    @model_validator(mode="after")
+    def _offload_is_of_plain_weights(self) -> "TeacherConfig":
+        if self.device == "offload" and self.quantization is not None:
+            raise ValueError(
+                f"device offload moves weights as they are, and quantization {self.quantization} packs them for one "
+                "card: set quantization=null, or give another device"
+            )
+        return self
+
+
+class LoraConfig(Part):
+    """LoRA layers in a frozen student (peft): the weights that are trained and checkpointed are a hundredth of its own,
+    with as much less for gradients and optimizer. A finished student has them merged in, and holds them apart in
+    `model/lora` too; stages go on with the same layers. Experts of an MoE student stay as they are. Not under FSDP."""
+
+    rank: Count = 16
+    """Width of each layer's two factors. LoRA (arXiv:2106.09685) has 1 to 64, peft 8."""
+    alpha: float = Field(default=32.0, gt=0)
+    """What is learnt counts alpha / rank times: 2, as "LoRA Learns Less and Forgets Less" has it (arXiv:2405.09673)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of the layers' input while training; 0 as in peft."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Layers by the end of their name, such as [q_proj, v_proj]; all-linear: all but the head (QLoRA)."""
+    base_dtype: DtypeName = "auto"
+    """Frozen weights in memory; auto: float32 on CPU, bfloat16 where the card has it in hardware, else float16."""
+
 
 class StudentConfig(Part):
-    """The model to train; its weights are always float32."""
+    """The model to train; what is trained of it is always float32."""
 
     path: str
     """Folder or hub name of a causal language model, or of a config when `from_scratch`."""
@@ -48,8 +77,19 @@ class StudentConfig(Part):
     """Attention implementation as transformers names it; None is the model's own choice."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    lora: LoraConfig | None = None
+    """Train LoRA layers alone; None: all weights. {} takes the defaults; the learning rate wants to be higher then."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for sources you trust."""
+
+    @model_validator(mode="after")
+    def _lora_has_something_to_start_from(self) -> "StudentConfig":
+        if self.lora is not None and self.from_scratch:
+            raise ValueError(
+                "lora leaves the student's weights as they are, and from_scratch makes them random: set lora=null, or "
+                "from_scratch=false"
+            )
+        return self
 
 
 class DataConfig(Part):
@@ -224,6 +264,15 @@ class DistillConfig(Part):
     """Seeds weights, row order and dropout; each stage derives its own. DistiLLM runs 10 to 50."""
     threads: Count | None = None
     """CPU threads of torch; None takes its own choice. Pin it where a resume has to be bit-identical."""
+
+    @model_validator(mode="after")
+    def _experts_are_there_to_be_read(self) -> "DistillConfig":
+        if self.teacher.device == "offload" and self.objective.weights["routing"].largest > 0:
+            raise ValueError(
+                "objective.routing reads the teacher's experts, which are on no device between two passes under "
+                "teacher.device offload: set objective.routing.weight=0, or give another device"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rollout_fits(self) -> "DistillConfig":

@@ -31,6 +31,23 @@ def list_presets() -> list[str]:
     return sorted(path.stem for path in _preset_folder().glob("*.yaml"))
 
 
+def list_launch_configs() -> list[str]:
+    """Names of the files for `accelerate launch` that come with kdkit, sorted."""
+    return sorted(path.stem for path in _launch_folder().glob("*.yaml"))
+
+
+def read_launch_config(name: str) -> str:
+    """One of those files, as text.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    known = list_launch_configs()
+    if name not in known:
+        raise UserError(f"no launch config is called {name!r}{_nearest(name, known)}. There are: {', '.join(known)}")
+    return (_launch_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+
+
 def load_config(source: str | Path | Mapping[str, JsonValue], overrides: Iterable[str] = ()) -> DistillConfig:
     """One validated run from a YAML file, a preset's name or a mapping.
 
@@ -114,6 +131,10 @@ def _read_yaml(path: Path) -> Tree:
 
 def _preset_folder() -> Path:
     return Path(str(files("kdkit"))) / "presets"
+
+
+def _launch_folder() -> Path:
+    return _preset_folder() / "accelerate"
 
 
 def _with_presets(tree: Tree) -> Tree:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -69,6 +71,7 @@ def generate_answers(
     settings: GenerationSettings | None = None,
     *,
     progress: Progress | None = None,
+    processes: PartialState | None = None,
 ) -> list[Answer]:
     """Continue each prompt until the model ends it or max_new_tokens is reached.
 
@@ -84,6 +87,8 @@ def generate_answers(
         prompts: texts in the form the model was trained on, or their token ids.
         settings: None takes the defaults: greedy, 128 new tokens.
         progress: called after each batch.
+        processes: share the batches, and each gets all answers; all of them call with the same. Batches are those of
+            one process, and so are the answers. None: this process alone.
     Returns:
         One Answer a prompt, in the order of the prompts.
     Raises:
@@ -99,7 +104,7 @@ def generate_answers(
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompt_ids[row]), row))
     answers: dict[int, Answer] = {}
     with evaluating(language_model), _generating_with(language_model, settings, end_ids):
-        for start in range(0, len(order), settings.batch_size):
+        for start in _share(range(0, len(order), settings.batch_size), processes):
             rows = order[start : start + settings.batch_size]
             batch = [prompt_ids[row] for row in rows]
             with _keyed_draws(settings, start):
@@ -107,7 +112,14 @@ def generate_answers(
             answers |= dict(zip(rows, written, strict=True))
             if progress is not None:
                 progress(len(answers), len(prompts))
+    if processes is not None and processes.num_processes > 1:
+        answers = {row: answer for found in gather_object([answers]) for row, answer in found.items()}
     return [answers[row] for row in range(len(prompts))]
+
+
+def _share(starts: range, processes: PartialState | None) -> range:
+    """The batches of this process."""
+    return starts if processes is None else starts[processes.process_index :: processes.num_processes]
 
 
 @contextmanager

@@ -10,7 +10,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from kdkit.errors import UserError
 from kdkit.loading.backbone import ModelShape, backbone_hidden
+from kdkit.loading.lora import has_lora
 from kdkit.teacher.signal import Head
+
+
+class LogitsOverflow(UserError):
+    """Weights are finite and logits are not: the dtype is too narrow for this model."""
+
 
 TokenizerKind = Literal["same", "padded", "different"]
 """How two tokenizers compare: padded have the same vocabulary, but models of different widths."""
@@ -136,7 +142,8 @@ def check_finite_logits(model: PreTrainedModel, batch: Mapping[str, object]) -> 
         model: the teacher, in the dtype in which it will be asked.
         batch: what the collator made; `input_ids` and `attention_mask` (B, T) are read.
     Raises:
-        UserError: some logit is infinite or NaN; the message names the remedy.
+        LogitsOverflow: some logit is infinite or NaN, although all weights are finite; the message names the remedy.
+        UserError: some weight is not finite.
     """
     input_ids, mask = batch["input_ids"], batch["attention_mask"]
     assert isinstance(input_ids, Tensor)
@@ -145,7 +152,7 @@ def check_finite_logits(model: PreTrainedModel, batch: Mapping[str, object]) -> 
         # one row at a time: (T, V) logits of a large vocabulary, and only once in a run
         logits = model(input_ids=ids[None], attention_mask=kept[None], use_cache=False).logits[0]
         if not torch.isfinite(logits[kept.bool()]).all():
-            raise UserError(_why_not_finite(model))
+            raise _not_finite(model)
 
 
 def check_tokenizer_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -205,6 +212,8 @@ def _head_obstacle(model: PreTrainedModel) -> str | None:
         return "it names no output embeddings"
     # Exactly Linear: a LoRA wrapper adds nothing at first, so no probe would notice it before training does.
     if type(linear) is not torch.nn.Linear:
+        if has_lora(linear):
+            return "LoRA layers are trained beside its head"
         return f"its head is a {type(linear).__name__}, not a plain linear layer"
     if model.base_model is model:
         return "its backbone cannot be called apart from its head"
@@ -278,12 +287,14 @@ def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
-def _why_not_finite(model: PreTrainedModel) -> str:
+def _not_finite(model: PreTrainedModel) -> UserError:
     name = model.config.name_or_path or type(model).__name__
     broken = [n for n, p in model.named_parameters() if p.is_floating_point() and not torch.isfinite(p).all()]
     if broken:
-        return f"{name} has weights that are not finite ({broken[0]}): the checkpoint is damaged, get it again"
-    return (
+        return UserError(
+            f"{name} has weights that are not finite ({broken[0]}): the checkpoint is damaged, get it again"
+        )
+    return LogitsOverflow(
         f"the logits of {name} are not finite in {str(model.dtype).removeprefix('torch.')}: it overflows. Load it in"
         " float32, or quantised to nf4 where memory does not allow that (bfloat16 on cards from capability 8.0)"
     )

@@ -103,6 +103,8 @@ def load_model(
         _move(model, torch.device(device), place.name)
     if torch.device(device).type == "cuda":
         spread_shared_keys(model)
+    if quantization is not None:
+        _say_what_stays_unpacked(model, place.name)
     if trainable:
         _check_all_float32(model, place.name)
     model.eval().requires_grad_(trainable)
@@ -225,6 +227,21 @@ def _check_all_float32(model: PreTrainedModel, name: str) -> None:
         raise UserError(
             f"{name} has weights that stay in {', '.join(others)} (a quantised checkpoint?): a student needs a"
             " checkpoint in full or half precision"
+        )
+
+
+def _say_what_stays_unpacked(model: PreTrainedModel, name: str) -> None:
+    """bitsandbytes packs linear layers alone: experts that lie in one stacked parameter stay as they are."""
+    sizes = {key: p.numel() * p.element_size() for key, p in model.named_parameters() if p.is_floating_point()}
+    unpacked, total = sum(sizes.values()), sum(p.numel() * p.element_size() for p in model.parameters())
+    if unpacked > total / 2:
+        logger.warning(
+            "%s: quantization packs %.2f GiB and leaves %.2f GiB as they are (most of them in %s): bitsandbytes packs "
+            "linear layers alone, not embeddings and not experts that lie in one parameter",
+            name,
+            (total - unpacked) / GIB,
+            unpacked / GIB,
+            max(sizes, key=sizes.__getitem__),
         )
 
 

@@ -5,7 +5,28 @@ from transformers import PreTrainedModel
 
 from kdkit.config import TeacherConfig
 from kdkit.loading.models import load_model
+from kdkit.loading.offload import offload_layers
 from kdkit.runtime import Preflight, usable_dtype
+
+
+def teacher_device(settings: TeacherConfig, machine: Preflight, *, student: str, num_processes: int = 1) -> str:
+    """The device on which a run's teacher computes.
+
+    Args:
+        settings: names it, or says auto or offload.
+        machine: what `preflight` found.
+        student: the student's device in this process.
+        num_processes: of the run; each of several has one card and keeps its teacher there.
+    Returns:
+        The one named; for auto the card with most free memory besides the student's where one process has several,
+        else the student's; for offload the student's.
+    """
+    if settings.device not in ("auto", "offload"):
+        return settings.device
+    others = [card for card in machine.cards if card != machine.card(student)]
+    if settings.device == "offload" or num_processes > 1 or machine.card(student) is None or not others:
+        return student
+    return max(others, key=lambda card: card.free_memory_bytes).device  # the first of equals
 
 
 def load_teacher(settings: TeacherConfig, machine: Preflight, *, device: str | None = None) -> PreTrainedModel:
@@ -14,22 +35,39 @@ def load_teacher(settings: TeacherConfig, machine: Preflight, *, device: str | N
     Args:
         settings: which model, in which dtype, where.
         machine: what `preflight` found; decides what "auto" means.
-        device: where a teacher with `device: auto` goes; None is the machine's first device.
+        device: where it computes, as `teacher_device` says; None is the machine's first device unless one is named.
     Returns:
-        The model, as `load_model` returns it.
+        The model, as `load_model` returns it; with `device: offload` its layers are on the device one at a time.
     Raises:
-        UserError: as `load_model`.
+        UserError: as `load_model`, or the model cannot be offloaded.
     """
-    place = (device or machine.device) if settings.device == "auto" else settings.device
-    dtype = settings.dtype
-    if dtype == "auto":  # half precision is for cards: on the CPU beside one it would crawl
-        dtype = "float32" if settings.device == "cpu" else usable_dtype(machine.device, machine.capability).dtype
-    return load_model(
+    is_offloaded = settings.device == "offload"
+    place = settings.device if settings.device not in ("auto", "offload") else device or machine.device
+    model = load_model(
         settings.path,
-        dtype=getattr(torch, dtype),
-        device=place,
+        dtype=teacher_dtype(settings, machine, device=place),
+        device="cpu" if is_offloaded else place,
         quantization=settings.quantization,
         revision=settings.revision,
         attn_implementation=settings.attention,
         trust_remote_code=settings.trust_remote_code,
     )
+    if is_offloaded:
+        offload_layers(model, torch.device(place))
+    return model
+
+
+def teacher_dtype(settings: TeacherConfig, machine: Preflight, *, device: str) -> torch.dtype:
+    """The dtype of a teacher's weights: the one named, or what its device computes natively.
+
+    Args:
+        settings: names it, or says auto.
+        machine: what `preflight` found.
+        device: where the teacher computes; half precision is for cards, on the CPU beside one it would crawl.
+    """
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)
+    card = machine.card(device)
+    capability = machine.capability if card is None else card.capability
+    named_cpu = settings.device == "cpu"
+    return getattr(torch, "float32" if named_cpu else usable_dtype(machine.device, capability).dtype)

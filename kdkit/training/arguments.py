@@ -1,10 +1,15 @@
 """transformers' TrainingArguments for one stage, with every default that would harm distillation set."""
 
+import os
 from pathlib import Path
 
 from transformers import TrainingArguments
 
 from kdkit.config import DistillConfig
+from kdkit.training.progress import say
+
+MIXED_PRECISION = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
+"""accelerate's names for autocast."""
 
 
 def training_arguments(
@@ -52,8 +57,17 @@ def training_arguments(
         include_num_input_tokens_seen="no",
         dataloader_pin_memory=not use_cpu,
     )
+    _overrule_launcher(arguments, precision)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # two visible cards would become nn.DataParallel
     return arguments
+
+
+def _overrule_launcher(arguments: TrainingArguments, precision: str) -> None:
+    """Take the config's precision: for float32 the Trainer would take what `accelerate launch` was told."""
+    arguments.mixed_precision = MIXED_PRECISION[precision]
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", arguments.mixed_precision) and os.environ.get("LOCAL_RANK", "0") == "0":
+        say(f"accelerate was told mixed_precision {asked}; optim.precision decides, and takes {precision}")
 
 
 def num_warmup_steps(config: DistillConfig, num_steps: int) -> int:

@@ -45,6 +45,7 @@ class DistillModel(nn.Module):
         self.student = student
         self.objective = objective
         self.vocab_size = vocab_size
+        self._no_split_modules = student._no_split_modules  # FSDP cuts by the student's own layers
         self.adapters = objective.build_adapters(shape_of(student, dense=dense), teacher)
 
     @torch.no_grad()

@@ -21,15 +21,20 @@ from kdkit.data.rows import Rows
 from kdkit.errors import UserError
 from kdkit.evaluation import Evaluation, GenerationSettings, evaluate_model, generate_answers, score_predictions
 from kdkit.loading import (
+    LORA_FOLDER,
+    LogitsOverflow,
+    add_lora,
     check_finite_logits,
     check_head,
     check_tokenizer_fits,
     head_width,
     load_model,
     load_teacher,
+    read_lora,
     shared_vocab_size,
+    teacher_device,
 )
-from kdkit.runtime import Preflight, preflight, usable_dtype
+from kdkit.runtime import GIB, Preflight, preflight, usable_dtype
 from kdkit.teacher.cache import CachedTeacher, TeacherCache, cached_vocab_size, check_rows, open_fitting_cache
 from kdkit.teacher.sources import LiveTeacher, TeacherSource
 from kdkit.training import checkpoint
@@ -212,18 +217,23 @@ class _Run:
 
     def _load_student(self, after: Path | None) -> PreTrainedModel:
         """The student as the stage before left it, or as the config names it."""
-        settings = self.config.student
+        settings, lora = self.config.student, self.config.student.lora
+        changed = None if lora is not None else after  # LoRA layers go on beside the weights that they began with
         student = load_model(
-            settings.path if after is None else after,
-            dtype=torch.float32,
+            changed or settings.path,
+            dtype=getattr(torch, "float32" if lora is None else self._dtype_name(lora.base_dtype)),
             device=self._device(),
-            trainable=True,
-            revision=settings.revision if after is None else None,
+            trainable=lora is None,
+            revision=settings.revision if changed is None else None,
             attn_implementation=settings.attention,
             trust_remote_code=settings.trust_remote_code,
-            from_scratch=settings.from_scratch and after is None,
+            from_scratch=settings.from_scratch and changed is None,
             seed=self.config.seed,
         )
+        if lora is not None:
+            add_lora(student, lora, seed=self.config.seed)
+            if after is not None:
+                read_lora(student, after / LORA_FOLDER)
         check_tokenizer_fits(student, self.tokenizer)
         if settings.gradient_checkpointing:
             student.activation_checkpointing_enable({"use_reentrant": False})
@@ -232,15 +242,34 @@ class _Run:
     def _load_teacher(self) -> LiveTeacher:
         """The teacher, loaded once for all stages and checked on its first rows."""
         if self._teacher is None:
-            model = load_teacher(self.config.teacher, self.machine, device=self._device())
+            model = self._load_finite_teacher()
             if self.teacher_tokenizer is not None:
                 check_tokenizer_fits(model, self.teacher_tokenizer)
-            rows = self.rows.encoded("train", self.config).dataset
-            first = self.collator([rows[i] for i in range(min(4, len(rows)))])
-            check_finite_logits(model, teacher_view(first))
             chunk_tokens = self.config.objective.chunk_tokens
             self._teacher = LiveTeacher(model, dense=_needs_dense_path(model, "teacher"), chunk_tokens=chunk_tokens)
         return self._teacher
+
+    def _load_finite_teacher(self) -> PreTrainedModel:
+        """The teacher on its device; with dtype auto in float32 where it overflows on its first rows in float16."""
+        settings, own = self.config.teacher, self._device()
+        device = teacher_device(settings, self.machine, student=own, num_processes=self.processes.num_processes)
+        card = self.machine.card(device)
+        if card is not None and card != self.machine.card(own):
+            say(f"teacher on {device} with {card.free_memory_bytes / GIB:.1f} GiB free, student on {own}")
+        rows = self.rows.encoded("train", self.config).dataset
+        first = teacher_view(self.collator([rows[i] for i in range(min(4, len(rows)))]))
+        model = load_teacher(settings, self.machine, device=device)
+        try:
+            check_finite_logits(model, first)
+        except LogitsOverflow:
+            if settings.dtype != "auto" or model.dtype != torch.float16:
+                raise
+            say("teacher: its logits overflow in float16, so that dtype auto takes float32, twice the memory")
+            del model
+            _free_memory()
+            model = load_teacher(settings.model_copy(update={"dtype": "float32"}), self.machine, device=device)
+            check_finite_logits(model, first)
+        return model
 
     def _across(self, config: KdConfig, student: PreTrainedModel, teacher_tokenizer: PreTrainedTokenizerBase) -> Across:
         """How the ids of the two models relate, as far as kd compares them."""
@@ -285,6 +314,7 @@ class _Run:
             self._generation(settings),
             settings.evaluation.generate_rows,
             self.stop,
+            self.processes,
         )
 
     def _measure_finals(self) -> None:
@@ -354,6 +384,8 @@ class _ValidationAnswers:
     limit: int | None
     """Rows at each evaluation; None: all."""
     stop: StopRequest
+    processes: PartialState
+    """Share the rows."""
 
     def __call__(self, student: PreTrainedModel, limit: int | None) -> Mapping[str, float]:
         """ROUGE-L, exact match, and how long and how complete the answers are.
@@ -365,7 +397,14 @@ class _ValidationAnswers:
         else:
             lengths = [len(prompt) for prompt in self.rows["prompt"]]
             rows = self.rows.select(sorted(range(len(lengths)), key=lengths.__getitem__)[-min(limit, 2) :])
-        answers = generate_answers(student, self.tokenizer, rows["prompt"], self.settings, progress=self.stop.check)
+        answers = generate_answers(
+            student,
+            self.tokenizer,
+            rows["prompt"],
+            self.settings,
+            progress=self.stop.check,
+            processes=self.processes,
+        )
         scores = score_predictions([a.text for a in answers], rows["references"], resamples=0)
         return {
             "rouge_l": scores.rouge_l.value,

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kdkit.errors import RunFailed
+from kdkit.loading import LORA_FOLDER, has_lora, merge_lora, read_lora, write_lora
 from kdkit.runtime import preserved_rng_state
 from kdkit.training import checkpoint
 from kdkit.training.model import DistillModel
@@ -114,7 +115,7 @@ def write_student(
     tokenizer: PreTrainedTokenizerBase,
     gathered: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Student and tokenizer as `from_pretrained` reads them, adapters beside them.
+    """Student and tokenizer as `from_pretrained` reads them, adapters beside them; of a frozen student its LoRA alone.
 
     Args:
         model: holds the weights, unless FSDP has cut them into shards.
@@ -128,7 +129,10 @@ def write_student(
         student, adapters = _below(gathered, "student."), _below(gathered, "adapters.")
         for tied in model.student.all_tied_weights_keys:  # gathered one by one, they no longer share memory
             student.pop(tied, None)
-    model.student.save_pretrained(folder, state_dict=student, max_shard_size="1000GB")
+    if has_lora(model.student):
+        write_lora(model.student, folder / LORA_FOLDER)
+    else:
+        model.student.save_pretrained(folder, state_dict=student, max_shard_size="1000GB")
     adapters = model.adapters.state_dict() if adapters is None else adapters
     if adapters:
         save_file({name: value.contiguous() for name, value in adapters.items()}, folder / ADAPTERS_FILE)
@@ -137,11 +141,27 @@ def write_student(
 
 def read_student(model: DistillModel, folder: Path) -> None:
     """Put what `write_student` wrote into a model, every key accounted for."""
-    with preserved_rng_state():  # from_pretrained knows how the weights of each architecture are stored
-        saved = type(model.student).from_pretrained(folder, dtype=torch.float32)
-    model.student.load_state_dict(saved.state_dict())
+    if has_lora(model.student):
+        read_lora(model.student, folder / LORA_FOLDER)
+    else:
+        with preserved_rng_state():  # from_pretrained knows how the weights of each architecture are stored
+            saved = type(model.student).from_pretrained(folder, dtype=torch.float32)
+        model.student.load_state_dict(saved.state_dict())
     if len(model.adapters):
         model.adapters.load_state_dict(load_file(folder / ADAPTERS_FILE))
+
+
+def merge_student(model: DistillModel, folder: Path) -> None:
+    """Put the whole student beside its LoRA weights in a folder, as `from_pretrained` reads it; nothing for others.
+
+    Args:
+        model: what was trained; of no use for training afterwards.
+        folder: holds what `write_student` wrote.
+    """
+    if has_lora(model.student):
+        read_lora(model.student, folder / LORA_FOLDER)
+        merge_lora(model.student)
+        model.student.save_pretrained(folder, max_shard_size="1000GB")
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

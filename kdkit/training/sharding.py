@@ -6,7 +6,12 @@ from kdkit.errors import UserError
 
 
 def check_sharding(
-    plugin: FullyShardedDataParallelPlugin, *, has_rollout: bool, has_average: bool, watches_rouge_l: bool
+    plugin: FullyShardedDataParallelPlugin,
+    *,
+    has_rollout: bool,
+    has_average: bool,
+    has_lora: bool,
+    watches_rouge_l: bool,
 ) -> None:
     """Refuse what needs the whole student in each process, and the ways of FSDP that lose weights or rates.
 
@@ -14,6 +19,7 @@ def check_sharding(
         plugin: how the student is cut.
         has_rollout: whether the student's own text is trained on.
         has_average: whether an average of the weights is kept.
+        has_lora: whether LoRA layers are trained in a frozen student.
         watches_rouge_l: whether the stage may end by its ROUGE-L.
     Raises:
         UserError: says which setting, and what to set instead.
@@ -22,6 +28,8 @@ def check_sharding(
         raise UserError("rollout needs the whole student in each process, and FSDP cuts it: use DDP, or mode off")
     if has_average:
         raise UserError("optim.ema averages the whole student in each process, and FSDP cuts it: use DDP, or ema=null")
+    if has_lora:
+        raise UserError("student.lora is small enough for each process, and FSDP cuts it: use DDP, or lora=null")
     if watches_rouge_l:
         raise UserError(
             "evaluation.early_stopping waits for a ROUGE-L, and under FSDP no answers are generated while training: "

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from kdkit.config import DistillConfig, EarlyStoppingConfig, EvaluationConfig
 from kdkit.data.batch import DistillCollator
 from kdkit.errors import UserError
+from kdkit.loading import describe_model
 from kdkit.runtime import seed_everything
 from kdkit.teacher.sources import LiveTeacher, TeacherSource
 from kdkit.training import checkpoint, rollout
@@ -26,7 +27,7 @@ from kdkit.training.metrics import MetricsFile
 from kdkit.training.model import DistillModel
 from kdkit.training.objective import Across, Objective
 from kdkit.training.progress import say
-from kdkit.training.saving import ADAPTERS_FILE, AVERAGE_FOLDER
+from kdkit.training.saving import ADAPTERS_FILE, AVERAGE_FOLDER, merge_student
 from kdkit.training.state import STATE_FILE
 from kdkit.training.stopping import StopRequest
 from kdkit.training.trainer import DistillTrainer, Generate
@@ -173,6 +174,10 @@ def describe_stage(config: DistillConfig, inputs: StageInputs, num_steps: int, r
         f"  rows: {len(inputs.train_rows)} to train on, "
         f"{num_steps * rows / len(inputs.train_rows):.1f} passes; {len(inputs.eval_rows)} to evaluate on",
     ]
+    if config.student.lora is not None:
+        student = describe_model(inputs.student)
+        share = student.num_trainable_parameters / student.num_parameters
+        lines.append(f"  trained: LoRA layers of rank {config.student.lora.rank}, {share:.2%} of the student's weights")
     if config.rollout.is_on:
         lines.append(_describe_rollout(config))
     if config.optim.ema is not None:
@@ -341,6 +346,7 @@ def _leave_model(trainer: DistillTrainer, folder: Path) -> None:
         checkpoint.clear_staging(folder)
         staged.mkdir()
         shutil.copytree(source, staged, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*OF_TRAINING))
+        merge_student(trainer.model, staged)
         checkpoint.publish(staged, folder / "model")
     trainer.accelerator.wait_for_everyone()
 

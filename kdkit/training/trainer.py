@@ -32,6 +32,7 @@ from transformers.trainer_utils import TrainOutput
 from kdkit.config import EmaConfig
 from kdkit.data.batch import Batch, DistillCollator
 from kdkit.errors import RunFailed
+from kdkit.loading import has_lora
 from kdkit.runtime import preserved_rng_state, rng_state, set_rng_state, undisturbed_rng
 from kdkit.teacher.sources import TeacherSource
 from kdkit.training import checkpoint
@@ -71,7 +72,7 @@ class DistillTrainer(Trainer):
         tokenizer: saved with every checkpoint.
         metrics: file of log rows.
         generate: answers validation rows with the student and measures them; called with the student and a limit of
-            rows (None: all). None: no generation while training.
+            rows (None: all), in all processes. None: no generation while training.
         rollout: puts the student's own text in place of gold rows; None: never.
         ema: how the average of the weights moves that is evaluated and left; None: the weights themselves are.
         early_stopping: ends the stage when evaluations bring nothing more; None: never.
@@ -141,6 +142,7 @@ class DistillTrainer(Trainer):
                 self.accelerator.state.fsdp_plugin,
                 has_rollout=rollout is not None,
                 has_average=ema is not None,
+                has_lora=has_lora(model.student),
                 watches_rouge_l=early_stopping is not None and early_stopping.config.metric == "rouge_l",
             )
         self.average = None if ema is None else WeightAverage(self.model, ema)
@@ -267,7 +269,7 @@ class DistillTrainer(Trainer):
         """
         with preserved_rng_state(), self._averaged():
             figures = self._measure_objective(limit)
-            if self.generate is not None and not self.is_fsdp_enabled and self.is_world_process_zero():
+            if self.generate is not None and not self.is_fsdp_enabled:  # no process has a whole student under FSDP
                 figures |= self.generate(self.model.student, limit)
             self.accelerator.wait_for_everyone()
         if limit is None:
@@ -284,7 +286,7 @@ class DistillTrainer(Trainer):
 
     def _take_up(self, figures: dict[str, float]) -> dict[str, float]:
         """Log an evaluation and let threshold, early stopping and the best student follow from it."""
-        if self.accelerator.num_processes > 1:  # one process generated; the same has to follow in all
+        if self.accelerator.num_processes > 1:  # to the last bit: the same has to follow in all
             (figures,) = broadcast_object_list([figures])
         step, is_best, notes = self.state.global_step, False, []
         if self.rollout is not None:
@@ -422,7 +424,7 @@ class DistillTrainer(Trainer):
                 checkpoint.rotate(folder, keep=self.keep)
 
     def _weight_bytes(self) -> int:
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The student as `from_pretrained` reads it, and what belongs to it."""
