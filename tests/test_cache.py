@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from killing import forked
-from tiny import make_pair, save_llama, tiny_config
+from tiny import OF_THE_MACHINE, make_pair, save_llama, tiny_config
 from transformers import AutoTokenizer
 
 from kdkit.data import DistillCollator, encode_rows, load_rows
@@ -23,7 +23,6 @@ from kdkit.training.caching import write_teacher_cache
 from kdkit.training.run import run_distillation
 from kdkit.training.stopping import Interrupted, StopRequest
 
-WALL_TIME = {"seconds", "tokens_per_second"}
 SOFTENED = "objective.kd.temperature={start: 1.0, end: 2.0}"
 SHARD_TOKENS = 200
 KD = {"kd": {"loss": "forward_kl"}}
@@ -105,7 +104,7 @@ def wide(pair, tmp_path_factory):
 
 def trace(folder):
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in WALL_TIME} for row in found]
+    return [{name: value for name, value in row.items() if name not in OF_THE_MACHINE} for row in found]
 
 
 def contents(folder):

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from tiny import make_pair, tiny_config
+from tiny import OF_THE_MACHINE, make_pair, tiny_config
 from transformers import TrainerCallback
 
 from kdkit.errors import UserError
@@ -17,7 +17,6 @@ from kdkit.training.stopping import Interrupted, StopRequest
 
 KD, LM, DTW = (f"objective.{name}.weight" for name in ("kd", "lm", "dtw"))
 TEMPERATURE, THRESHOLD = "objective.kd.temperature", "rollout.threshold"
-WALL_TIME = {"seconds", "tokens_per_second", "rollout/seconds"}
 ROLLOUT = ("rollout={mode: mixed, threshold: 0.5, max_new_tokens: 6, guard: null, capacity: 16}",)
 
 
@@ -68,7 +67,7 @@ def turned(config, tmp_path_factory):
 
 def trace(result):
     rows = MetricsFile(result.folder / "metrics.jsonl").rows()
-    return [{name: value for name, value in row.items() if name not in WALL_TIME} for row in rows]
+    return [{name: value for name, value in row.items() if name not in OF_THE_MACHINE} for row in rows]
 
 
 def weights(result):

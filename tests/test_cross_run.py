@@ -9,6 +9,7 @@ import torch
 from crossing import BYTES, META_SPACE, make_pair, moment_of, rows_of, run_objective, tokenizer_of
 from killing import run_forked, run_killed_then_resumed
 from safetensors.torch import load_file
+from tiny import OF_THE_MACHINE
 from transformers import AutoTokenizer
 
 from kdkit.config import demo_folder, load_config
@@ -23,7 +24,6 @@ from kdkit.training.rollout.building import teacher_scores
 from kdkit.training.rows import RunRows
 from kdkit.training.run import run_distillation
 
-WALL_TIME = {"seconds", "tokens_per_second", "rollout/seconds"}
 RAMP = {"start": 0.0, "end": 0.1, "begin": 0.2, "finish": 0.8}
 EVERY_TERM = {
     "kd": {"weight": 0.7, "temperature": {"start": 2.0, "end": 1.5}, "top_k": 256},
@@ -73,7 +73,7 @@ def cross_config(*overrides, objective=None, **optim):
 def trace(folder, *kinds):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     kept = [row for row in rows if not kinds or row["kind"] in kinds]
-    return [{name: value for name, value in row.items() if name not in WALL_TIME} for row in kept]
+    return [{name: value for name, value in row.items() if name not in OF_THE_MACHINE} for row in kept]
 
 
 @pytest.fixture(scope="module")

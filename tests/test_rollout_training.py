@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from killing import run_forked, run_killed_then_resumed
 from safetensors.torch import load_file
-from tiny import build_trainer, make_pair, tiny_config
+from tiny import OF_THE_MACHINE, build_trainer, make_pair, tiny_config
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from kdkit.config import load_config
@@ -21,7 +21,6 @@ from kdkit.training.rollout import generator as generator_module
 from kdkit.training.run import run_distillation
 
 EOS = 1
-WALL_TIME = {"seconds", "tokens_per_second", "rollout/seconds"}
 FREE = ("rollout.guard=null", "rollout.collapse=null", "rollout.max_new_tokens=8")
 LENGTHS = ("data.max_length=160", "data.max_prompt_length=128")
 
@@ -258,7 +257,7 @@ class TestResume:
     @staticmethod
     def trace(folder):
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [{name: value for name, value in row.items() if name not in WALL_TIME} for row in rows]
+        return [{name: value for name, value in row.items() if name not in OF_THE_MACHINE} for row in rows]
 
     def assert_same(self, ours, theirs):
         assert self.trace(ours) == self.trace(theirs)

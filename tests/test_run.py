@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 from killing import run_forked, run_killed_then_resumed
 from safetensors.torch import load_file
-from tiny import make_pair, tiny_config
+from tiny import OF_THE_MACHINE, make_pair, tiny_config
 
 from kdkit.errors import UserError
 from kdkit.training.run import run_distillation
 from kdkit.training.stopping import Interrupted, StopRequest
 
-WALL_TIME = {"seconds", "tokens_per_second"}
 STAGES = (
     "stages={warm_start: {objective: {kd: {weight: 0}, lm: {weight: 1}, dtw: {weight: 0}}, data: {train_rows: 24}},"
     " distill: {}}",
@@ -40,7 +39,7 @@ def uninterrupted(config, tmp_path_factory):
 
 def trace(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in WALL_TIME} for row in rows]
+    return [{name: value for name, value in row.items() if name not in OF_THE_MACHINE} for row in rows]
 
 
 def assert_same_run(ours, theirs):

@@ -25,6 +25,8 @@ from kdkit.training.rollout.generator import StudentText
 from kdkit.training.stopping import StopRequest
 from kdkit.training.trainer import DistillTrainer
 
+OF_THE_MACHINE = {"seconds", "tokens_per_second", "rollout/seconds", "memory/peak_gib", "memory/used_fraction"}
+"""Figures of a log row that two equal runs do not share."""
 ALL_TERMS = {
     "kd": {"loss": "skew_reverse_kl", "weight": 0.7, "temperature": 2.0},
     "lm": {"weight": 0.3},
