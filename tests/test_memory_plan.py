@@ -211,6 +211,35 @@ class TestPlanRun:
         assert all("teacher weights" in parts for parts in plan.beside.values())
         assert plan.beside_bytes > 0
 
+    def test_two_cards_take_one_model_each_by_themselves(self, pair_config):
+        plan = plan_run(load_config(pair_config), find_card("t4x2")).worst
+        assert set(plan.beside) == {"teacher", "evaluation"}
+
+    def test_an_offloaded_teacher_is_a_layer_on_the_card(self, pair_config):
+        whole, layer = (
+            plan_run(load_config(pair_config, changes), find_card("t4")).worst.phases["teacher"]["teacher weights"]
+            for changes in ([], ["teacher.device=offload"])
+        )
+        assert whole - layer > 0.9 * 23 / 24 * 24 * 1024 * 3 * 1024 * 2  # products of 23 layers, stacked experts stay
+
+    def test_lora_trains_and_keeps_states_of_its_layers_alone(self, pair_config):
+        plan = plan_run(load_config(pair_config, ["student.lora={rank: 8}"]), find_card("t4")).worst.phases["student"]
+        layer = 8 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
+        trained = 30 * layer + 576 * 1024 + 1024
+        assert plan["optimizer states"] == 8 * trained
+        assert plan["student weights"] == 2 * 134_515_008 + 4 * 30 * layer
+        assert "half-precision copies" not in plan
+
+    def test_a_cached_teacher_leaves_what_it_said(self, pair_config, tmp_path):
+        student = write_model(tmp_path / "same", "llama", **SMOL | {"vocab_size": 151_936})
+        settings = pair_config | {"student": {"path": str(student)}}
+        live, cached = (
+            plan_run(load_config(settings, changes), find_card("t4")).worst
+            for changes in ([], ["teacher.cache=somewhere"])
+        )
+        assert "teacher" not in cached.phases
+        assert cached.peak_bytes < live.peak_bytes - 1.9 * GIB
+
     def test_sft_holds_no_teacher(self, pair_config):
         settings = pair_config | {"preset": "sft"}
         plan = plan_run(load_config(settings), find_card("t4")).worst
@@ -276,15 +305,22 @@ class TestFitRun:
             fit_run(config, card_of_budget(smallest - 0.1))
 
     def test_two_cards_take_a_teacher_that_one_cannot(self, pair_config, tmp_path):
-        """A 5 B teacher in half precision is 10 GiB: beside the student it leaves no room for 8 rows."""
+        """A 7 B teacher in half precision is 13 GiB."""
         teacher = write_model(tmp_path / "big", "llama", **SMALL | {
-            "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 26,
+            "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 34,
             "num_attention_heads": 32, "num_key_value_heads": 32,
         })  # fmt: skip
         settings = pair_config | {"teacher": {"path": str(teacher)}}
-        fit = fit_run(load_config(settings), find_card("t4x2"))
-        assert fit.changes["teacher.device"] == "cuda:1"
-        assert fit.given_up == ()
+        both, one = (fit_run(load_config(settings), find_card(name)) for name in ("t4x2", "t4"))
+        assert both.given_up == ()
+        assert one.given_up != ()
+
+    def test_a_cache_is_offered_where_one_tokenizer_serves_both(self, pair_config, tmp_path):
+        student = write_model(tmp_path / "same", "llama", **SMOL | {"vocab_size": 151_936})
+        small = card_of_budget(6)
+        (word,) = fit_run(load_config(pair_config | {"student": {"path": str(student)}}), small).given_up
+        assert "kdkit cache" in word
+        assert not any("kdkit cache" in word for word in fit_run(load_config(pair_config), small).given_up)
 
     def test_what_a_stage_says_of_a_field_gives_way(self, pair_config):
         settings = pair_config | {"stages": {"distill": {"optim": {"batch_size": 64}}}}

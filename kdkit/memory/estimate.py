@@ -17,9 +17,11 @@ from kdkit.memory.activations import (
     passing_bytes,
 )
 from kdkit.memory.cards import Card
-from kdkit.memory.sizes import ModelSizes
+from kdkit.memory.sizes import ModelSizes, lora_params
 from kdkit.runtime import GIB
 
+OFFLOAD = "offload"
+"""The teacher's device where its layers stay in the host's memory."""
 CONTEXT_BYTES = round(0.45 * GIB)
 """What CUDA, its libraries' kernels and cuBLAS' workspace take of a card before the first tensor."""
 SLACK_FRACTION = 0.05
@@ -172,12 +174,19 @@ class _Estimate:
     @property
     def _is_beside(self) -> bool:
         """Whether the teacher has a card of its own."""
-        return self.config.teacher.device not in ("auto", "cuda", "cuda:0")
+        device = self.config.teacher.device
+        return self.card.num_cards > 1 if device == "auto" else device not in ("cuda", "cuda:0", OFFLOAD)
 
     @property
     def _number(self) -> int:
         """Bytes of a number in the student's products."""
         return _number(self.precision)
+
+    @property
+    def _base_number(self) -> int:
+        """Bytes of a student's weight: less than float32 where it is frozen under LoRA."""
+        lora = self.config.student.lora
+        return SINGLE if lora is None else _number(_resolved(lora.base_dtype, self.card))
 
     @property
     def _teacher_number(self) -> int:
@@ -196,8 +205,20 @@ class _Estimate:
         return self._rows * self._length
 
     @property
+    def _lora_params(self) -> int:
+        lora = self.config.student.lora
+        if lora is None:
+            return 0
+        return lora_params(self.student, rank=lora.rank, target_modules=lora.target_modules)
+
+    @property
+    def _trained_params(self) -> int:
+        """What has gradients and states: all of the student, or its LoRA layers; and the adapters."""
+        return (self._lora_params or self.student.num_params) + self._adapter_params
+
+    @property
     def _gradient_bytes(self) -> int:
-        return SINGLE * (self.student.num_params + self._adapter_params)
+        return SINGLE * self._trained_params
 
     @property
     def _adapter_params(self) -> int:
@@ -214,14 +235,14 @@ class _Estimate:
     # ---- what stays ----
 
     def _held(self) -> Parts:
-        params = self.student.num_params
-        trained = params + self._adapter_params
+        trained = self._trained_params
         parts = {} if self._is_beside or not self._needs_teacher else self._teacher_weights()
-        parts[WEIGHTS_OF_STUDENT] = SINGLE * params
+        parts[WEIGHTS_OF_STUDENT] = self._base_number * self.student.num_params + SINGLE * self._lora_params
         parts["adapters"] = SINGLE * self._adapter_params
         parts["optimizer states"] = 2 * SINGLE * trained
         if self.config.optim.optimizer == "adamw_8bit":
-            in_32_bits = self.student.embedding_params + self._adapter_params
+            embeddings = 0 if self._lora_params else self.student.embedding_params
+            in_32_bits = embeddings + self._adapter_params
             parts["optimizer states"] = 2 * (trained - in_32_bits) + 2 * SINGLE * in_32_bits
         if self.config.optim.ema is not None:
             parts["average of the weights"] = SINGLE * trained
@@ -231,6 +252,8 @@ class _Estimate:
         sizes, number = self.teacher, self._teacher_number
         packed = sizes.product_params - sizes.stacked_params
         size = {None: float(number), "nf4": NF4_BYTES, "int8": 1.0}[self.config.teacher.quantization]
+        if self.config.teacher.device == OFFLOAD:  # a layer at a time, and what is around the layers
+            return {WEIGHTS_OF_TEACHER: number * (sizes.num_params - packed + packed // sizes.num_layers)}
         return {WEIGHTS_OF_TEACHER: round(packed * size) + (sizes.num_params - packed) * number}
 
     def _accumulated(self, *, on_student: bool = True) -> Parts:
@@ -298,11 +321,13 @@ class _Estimate:
 
     def _half_copies(self) -> Parts:
         """Weights that autocast has cast: it keeps them until a forward pass ends, recomputed layers or not."""
-        return {"half-precision copies": HALF * self.student.product_params} if self._number == HALF else {}
+        has_copies = self._number == HALF and self._base_number == SINGLE
+        return {"half-precision copies": HALF * self.student.product_params} if has_copies else {}
 
     @property
     def _head_gradient_bytes(self) -> int:
-        return SINGLE * self.student.vocab_size * self.student.hidden
+        """Of its weight; LoRA leaves the head as it is."""
+        return 0 if self._lora_params else SINGLE * self.student.vocab_size * self.student.hidden
 
     def _held_by_head(self) -> Parts:
         """Gradients by the head's inputs and weight, which its pass has formed already."""
@@ -321,7 +346,8 @@ class _Estimate:
     def _head_pass_bytes(self) -> int:
         """The chunked pass at its fullest, gradients by the head's inputs and weight included."""
         width = self.student.vocab_size
-        product = width * self.student.hidden * HALF if self._number == HALF else 0  # a chunk's gradient by the weight
+        has_product = self._number == HALF and not self._lora_params
+        product = width * self.student.hidden * HALF if has_product else 0  # a chunk's gradient by the weight
         rows = SINGLE * self._num_tokens * self.student.hidden
         return self._held_by_head()["divergence"] + self._chunk_bytes() + product + rows
 
@@ -349,7 +375,7 @@ class _Estimate:
     def _backward(self) -> Parts:
         """The fuller of its two ends: all activations and the head's gradient, or all gradients."""
         waiting, head = self._waiting(), self._head_gradient_bytes
-        if self.config.student.gradient_checkpointing and self._number == HALF:  # one layer is cast again at a time
+        if self.config.student.gradient_checkpointing and "half-precision copies" in waiting:  # cast layer by layer
             waiting["half-precision copies"] //= self.student.num_layers
         working = backward_bytes(self.student, num_tokens=self._num_tokens, number=self._number)
         start = {**self._accumulated(), **waiting, "divergence": 2 * head, "backward": working}
@@ -366,7 +392,7 @@ class _Estimate:
             rows = min(evaluation.batch_size, evaluation.generate_rows or evaluation.batch_size)
             length = data.max_prompt_length + evaluation.max_new_tokens
             moments.append(self._generation(rows=rows * evaluation.num_beams, length=length, number=SINGLE))
-        own = {} if self.config.optim.ema is None else {"weights set aside": SINGLE * self.student.num_params}
+        own = {} if self.config.optim.ema is None else {"weights set aside": SINGLE * self._trained_params}
         return own | max(moments, key=lambda parts: sum(parts.values()))
 
     def _measuring(self, rows: int) -> Parts:
@@ -408,4 +434,6 @@ class _Estimate:
                 f"{share:.0%} of the teacher are stacked experts, which bitsandbytes leaves in half precision: "
                 f"{quantization} packs the rest alone"
             )
+        if self.config.student.lora is not None:
+            notes.append("LoRA: activations are planned as without it, which is a little more than there are")
         return notes

@@ -1,7 +1,7 @@
 """The fastest settings that fit on a card, and what has to be given up for them.
 
 First only what leaves the result as it is: how a step's rows are split, how much is computed again, how many logits
-exist at a time, on which card the teacher is. If that is not enough, one thing after another that does change it a
+exist at a time. If that is not enough, one thing after another that does change it a
 little; shorter rows come last.
 """
 
@@ -18,6 +18,7 @@ from kdkit.config.fields import cache_problems
 from kdkit.config.reading import load_config
 from kdkit.errors import UserError
 from kdkit.memory.cards import Card
+from kdkit.memory.estimate import OFFLOAD
 from kdkit.memory.planning import Pair, RunPlan, plan_stages, stages_of
 
 Changes = Mapping[str, JsonValue]
@@ -62,7 +63,7 @@ def fit_run(config: DistillConfig, card: Card, *, pair: Pair | None = None) -> F
     tightest: tuple[float, Changes] | None = None
     for given_up, sacrifice in _sacrifices(config, pair):
         fitting = []
-        for neutral in _neutral(config, card):
+        for neutral in _neutral(config):
             changes, plan = _with_room_to_evaluate(stages, {**neutral, **sacrifice}, card=card, pair=pair)
             changes = _different(config, changes)
             if plan.worst.used_fraction <= FULL_FRACTION:
@@ -89,28 +90,42 @@ def as_settings(changes: Changes) -> str:
 
 
 def _sacrifices(config: DistillConfig, pair: Pair) -> Iterator[tuple[tuple[str, ...], Changes]]:
-    """What to give up, least first: nothing, one thing, several, then shorter rows on top of all."""
-    single: list[tuple[str, Changes]] = []
-    if config.objective.needs_teacher and config.teacher.dtype == "float32":
-        single.append(("the teacher's weights in half precision", {"teacher.dtype": "auto"}))
+    """What to give up, least first: nothing, one thing, two; then shorter rows on top of these."""
+    ways = list(itertools.product(_teacher_ways(config, pair), _student_ways(config)))
+    ways.sort(key=lambda both: sum(word is not None for word, _ in both))
+    for share in SHORTER:
+        shorter = _shorter(config, share)
+        words = () if share == 1.0 else (f"rows of at most {shorter['data.max_length']} tokens",)
+        for (of_teacher, changes), (of_student, own) in ways:
+            given_up = tuple(word for word in (of_teacher, of_student) if word is not None)
+            yield (*given_up, *words), {**changes, **own, **shorter}
+
+
+def _student_ways(config: DistillConfig) -> Iterator[tuple[str | None, Changes]]:
+    """The student as it is, or with less around it."""
+    yield None, {}
+    if config.optim.optimizer == "adamw_torch" and config.student.lora is None:
+        yield "the optimizer's states in 8 bits", {"optim.optimizer": "adamw_8bit"}
+
+
+def _teacher_ways(config: DistillConfig, pair: Pair) -> Iterator[tuple[str | None, Changes]]:
+    """The teacher as it is, or smaller, or elsewhere; what changes what it says least comes first."""
+    yield None, {}
+    teacher = config.teacher
+    if not config.objective.needs_teacher or teacher.cache is not None:
+        return
+    if teacher.dtype == "float32":
+        yield "the teacher's weights in half precision", {"teacher.dtype": "auto"}
     if _is_cacheable(config, pair):
         word = "the teacher asked once beforehand (kdkit cache CONFIG --output cache), for its likeliest ids"
-        single.append((word, {"teacher.cache": "cache"}))
-    if config.optim.optimizer == "adamw_torch":
-        single.append(("the optimizer's states in 8 bits", {"optim.optimizer": "adamw_8bit"}))
-    if config.objective.needs_teacher and config.teacher.quantization is None:
-        packed = pair.teacher.product_params - pair.teacher.stacked_params
-        if packed > pair.teacher.num_params / 4:
-            single.append(("the teacher's weights in 4 bits", {"teacher.quantization": "nf4", "teacher.dtype": "auto"}))
-    for length in SHORTER:
-        shorter = _shorter(config, length)
-        words = () if length == 1.0 else (f"rows of at most {shorter['data.max_length']} tokens",)
-        for count in range(len(single) + 1):
-            if length != 1.0 and count < len(single):
-                continue
-            for chosen in itertools.combinations(single, count):
-                merged = {name: value for _, changes in chosen for name, value in changes.items()}
-                yield (*(word for word, _ in chosen), *words), {**merged, **shorter}
+        yield word, {"teacher.cache": "cache"}
+    packed = pair.teacher.product_params - pair.teacher.stacked_params
+    if teacher.quantization is None and teacher.device != OFFLOAD and packed > pair.teacher.num_params / 4:
+        changes: Changes = {"teacher.quantization": "nf4", "teacher.dtype": "auto"}
+        yield "the teacher's weights in 4 bits", changes
+    if teacher.device == "auto" and teacher.quantization is None:
+        changes = {"teacher.device": OFFLOAD, "teacher.dtype": "auto"}
+        yield "the teacher in the host's memory, a layer at a time on the card, which is slow", changes
 
 
 def _is_cacheable(config: DistillConfig, pair: Pair) -> bool:
@@ -129,19 +144,18 @@ def _shorter(config: DistillConfig, share: float) -> Changes:
     return {"data.max_length": length, "data.max_prompt_length": min(prompt, length - 8)}
 
 
-def _neutral(config: DistillConfig, card: Card) -> Iterator[Changes]:
+def _neutral(config: DistillConfig) -> Iterator[Changes]:
     """Settings under which a step trains on the same rows to the same end."""
     rows = config.optim.batch_size * config.optim.accumulation
     batches = [size for size in range(1, rows + 1) if rows % size == 0]
     chunks = sorted({config.objective.chunk_tokens, *CHUNKS})
     recomputes = sorted({config.student.gradient_checkpointing, True})
-    for batch, chunk, recompute, device in itertools.product(batches, chunks, recomputes, _devices(config, card)):
+    for batch, chunk, recompute in itertools.product(batches, chunks, recomputes):
         yield {
             "optim.batch_size": batch,
             "optim.accumulation": rows // batch,
             "objective.chunk_tokens": chunk,
             "student.gradient_checkpointing": recompute,
-            "teacher.device": device,
         }
 
 
@@ -157,13 +171,6 @@ def _with_room_to_evaluate(
         if not is_too_much or rows == 1:
             return tried, plan
         rows = (rows + 1) // 2
-
-
-def _devices(config: DistillConfig, card: Card) -> list[str]:
-    """Where the teacher may be: beside the student, and on the second card where there is one."""
-    given = config.teacher.device
-    is_movable = card.num_cards > 1 and config.objective.needs_teacher and given == "auto"
-    return [given, "cuda:1"] if is_movable else [given]
 
 
 def _changed(config: DistillConfig, changes: Changes) -> DistillConfig:

@@ -10,6 +10,7 @@ from kdkit.config import DistillConfig
 from kdkit.errors import UserError
 from kdkit.memory.activations import HALF, SINGLE
 from kdkit.memory.cards import Card
+from kdkit.memory.estimate import OFFLOAD
 from kdkit.memory.sizes import ModelSizes
 
 WEEK_HOURS = 30.0
@@ -18,6 +19,8 @@ EFFICIENCY = 0.3
 """Share of the stated rate that matrix products of a training step reach; an assumption, not a measurement."""
 HALF_FULL_TOKENS = 512
 """Tokens of a pass at which small products reach half of that share; likewise assumed."""
+HOST_BANDWIDTH = 8.0
+"""From host to card, in 10^9 bytes a second, over PCIe 3.0 as clouds have it; assumed."""
 LAUNCH_SECONDS = 0.0004
 """Host's time for one layer's kernels, forward and back: small batches wait for it."""
 
@@ -53,6 +56,8 @@ def looked_up_speed(config: DistillConfig, *, teacher: ModelSizes, student: Mode
         work += 2 * _operations(teacher, length) * (1.35 if config.teacher.quantization else 1.0)
         layers += teacher.num_layers / 3
     micro = work * num_tokens / rate + layers * LAUNCH_SECONDS + _head_seconds(config, student, card)
+    if config.teacher.device == OFFLOAD:
+        micro += HALF * teacher.num_params / (1e9 * HOST_BANDWIDTH)
     step = optim.accumulation * micro + 20 * student.num_params / (1e9 * card.bandwidth)
     step += _writing_seconds(config, student, card)
     return Speed(step, f"looked up: {EFFICIENCY:.0%} of the {card.half_tflops:g} TFLOP/s that its maker states")

@@ -120,6 +120,32 @@ class ModelSizes:
         return self.product_params - idle + self.vocab_size * self.hidden
 
 
+def lora_params(sizes: ModelSizes, *, rank: int, target_modules: str | list[str]) -> int:
+    """Parameters of LoRA layers: two factors for each product that gets one; stacked experts get none.
+
+    Args:
+        sizes: the student.
+        rank: width of the factors.
+        target_modules: "all-linear", or the names of layers as Llama and its kin have them; a name that is not
+            among these counts as a product from the hidden width to itself.
+    """
+    hidden, inner = sizes.hidden, sizes.intermediate
+    products = {
+        "q_proj": hidden + sizes.query_width,
+        "k_proj": hidden + sizes.kv_width,
+        "v_proj": hidden + sizes.kv_width,
+        "o_proj": sizes.query_width + hidden,
+    }
+    if not sizes.num_experts:
+        products |= {"up_proj": hidden + inner, "down_proj": inner + hidden}
+        products |= {"gate_proj": hidden + inner} if sizes.is_gated else {}
+    if isinstance(target_modules, str):
+        widths = sum(products.values())
+    else:
+        widths = sum(products.get(name, 2 * hidden) for name in target_modules)
+    return sizes.num_layers * rank * widths
+
+
 def read_sizes(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelSizes:
     """The sizes of a model in a folder, attached to the notebook, or on the hub; of its weights nothing is read.
 
