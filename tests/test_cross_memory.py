@@ -18,7 +18,7 @@ from kdkit.config import load_config
 from kdkit.data import DistillCollator
 from kdkit.data.batch import EncodedRow
 from kdkit.losses import VocabularyMatch
-from kdkit.losses.head_pass import _BLOCK_ENTRIES_ELSEWHERE
+from kdkit.losses.head_pass import BLOCK_ENTRIES_ELSEWHERE
 from kdkit.runtime import GIB
 from kdkit.teacher.sources import LiveTeacher
 from kdkit.training.model import DistillModel
@@ -134,8 +134,8 @@ def peaks(shapes: Shapes, objective: dict, *, is_fake: bool) -> dict[str, int]:
         if is_fake:
             stack.enter_context(fake)
             stack.enter_context(mock.patch.object(torch.Tensor, "bincount", _spread_evenly(shapes)))
-        sizes = {"cpu": _BLOCK_ENTRIES_ELSEWHERE}
-        stack.enter_context(mock.patch.dict("kdkit.losses.head_pass._BLOCK_ENTRIES", sizes))
+        sizes = {"cpu": BLOCK_ENTRIES_ELSEWHERE}
+        stack.enter_context(mock.patch.dict("kdkit.losses.head_pass.BLOCK_ENTRIES", sizes))
         student = LlamaForCausalLM(LlamaConfig(**shapes.student, attn_implementation="eager"))
         config = Qwen3MoeConfig(**shapes.teacher, attn_implementation="eager")
         teacher = LiveTeacher(Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16))
