@@ -87,6 +87,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.prim.device.default:  # of fake tensors asked for all the time
+            return args[0].fake_device
         made = self._run(func, args, kwargs or {})
         self.hold(leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor))
         return made
@@ -184,7 +186,9 @@ class LiveBytes(TorchDispatchMode):
                 return torch.full((self.num_experts,), args[0].numel() // self.num_experts)
         if _changes_values_alone(func):
             return kwargs.get("out", args[0]) if func._schema.returns else None
-        if func in _INDEXED:
+        if func is _aten.slice.Tensor:
+            args = _from_the_start(*args)
+        elif func in _INDEXED:
             args = (args[0], _without_masks(args[1]), *args[2:])
         return func(*args, **kwargs)
 
@@ -214,6 +218,14 @@ def _makes_integers(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> bool:
     if func in _FILLS:
         return isinstance(args[_FILLS[func]], int)
     return any(isinstance(arg, Tensor) and not arg.is_floating_point() for arg in args)  # new_zeros of one like it
+
+
+def _from_the_start(
+    tensor: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> tuple[Tensor, int, int, int, int]:
+    """A slice of as many rows from the first on: fake tensors remember what they met before, offsets and all."""
+    first, last, _ = slice(start, end).indices(tensor.shape[dim])
+    return tensor, dim, 0, max(last - first, 0), step
 
 
 def _without_masks(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
