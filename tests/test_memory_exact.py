@@ -166,7 +166,9 @@ class TestSettings:
     def test_the_teachers_dtype_and_bits_are_what_its_weights_take(self):
         teacher = llama(256, 4)
         told = [{"dtype": "float32"}, {"dtype": "float16"}, {"quantization": "int8"}, {"quantization": "nf4"}]
-        full, half, eight, four = (counted(config(teacher=way), teacher=teacher).parts["teacher weights"] for way in told)
+        full, half, eight, four = (
+            counted(config(teacher=way), teacher=teacher).parts["teacher weights"] for way in told
+        )
         embeddings = 2 * 4000 * 256
         linear = half - embeddings  # but for the norms, which are small
         assert half == pytest.approx(full / 2, rel=0.01)

@@ -6,7 +6,7 @@ CUDA context, the work space of cuBLAS and the allocator's gaps.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -311,7 +311,7 @@ def _build_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str | 
 
 def _build_teacher(config: DistillConfig, teacher: PreTrainedConfig, *, precision: str) -> LiveTeacher:
     """The teacher in its dtype, or in its few bits."""
-    asked = config.teacher.dtype
+    asked: str = config.teacher.dtype
     if asked == "auto":
         asked = "float32" if config.teacher.device == "cpu" else precision
     model = _build_model(teacher, getattr(torch, asked), config.teacher.attention)

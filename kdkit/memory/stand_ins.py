@@ -5,7 +5,7 @@ dropout's mask, and the operations that autocast takes to float32 on a card. The
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,8 +47,8 @@ class CardKernels(TorchFunctionMode):
             return self._attention(*args, **kwargs)
         if func is F.dropout:
             return _dropout(*args, **kwargs)
-        if func is F.grouped_mm:  # whose sizes are known for bfloat16 alone
-            return torch.ops.transformers.grouped_mm_fallback(*args, kwargs["offs"])
+        if func is torch._grouped_mm:  # fake tensors pass through it in bfloat16 alone
+            return torch.ops.transformers.grouped_mm_fallback(args[0], args[1], kwargs["offs"])
         if func is Tensor.split_with_sizes and not torch.is_grad_enabled():
             return _split(*args, **kwargs)
         if torch.is_autocast_enabled("cpu"):
@@ -141,13 +141,14 @@ class EightBitLinear(nn.Module):
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
         rows, columns, self.bias = _sizes_of(source)
+        self.num_outputs = rows
         self.register_buffer("weight", torch.empty(rows, columns, dtype=torch.int8))
         self.register_buffer("scales", torch.empty(rows, dtype=torch.float32))
 
     def forward(self, input: Tensor) -> Tensor:
         """The input in 8 bits, the product in 32, then the output."""
         quantised = torch.empty_like(input, dtype=torch.int8)
-        product = input.new_empty(*quantised.shape[:-1], len(self.scales), dtype=torch.int32)
+        product = input.new_empty(*quantised.shape[:-1], self.num_outputs, dtype=torch.int32)
         output = product.to(input.dtype)
         return output if self.bias is None else output.add_(self.bias)
 
@@ -186,12 +187,12 @@ class EightBitAdamW(torch.optim.Optimizer):
         in_32_bits: parameters that keep their states in 32 bits, as embeddings do.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, in_32_bits: Sequence[nn.Parameter] = ()) -> None:
+    def __init__(self, groups: list[dict[str, Any]], *, in_32_bits: Sequence[Tensor] = ()) -> None:
         super().__init__(groups, {})
         self._in_32_bits = {id(parameter) for parameter in in_32_bits}
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # as no loss is asked
         """Makes the states at the first step."""
         for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             if not self.state[parameter]:
