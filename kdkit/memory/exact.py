@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from kdkit.config import DistillConfig, ObjectiveConfig
-from kdkit.data import DistillCollator
-from kdkit.data.batch import Batch, EncodedRow, batch_tensors
+from kdkit.data.batch import Batch, DistillCollator, EncodedRow, batch_tensors
 from kdkit.loading import head_of, head_width
 from kdkit.losses import GroupedIds, HeadPassResult, VocabularyGroups, VocabularyMatch
 from kdkit.losses.head_pass import BLOCK_ENTRIES, BLOCK_ENTRIES_ELSEWHERE
