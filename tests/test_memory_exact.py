@@ -211,8 +211,9 @@ class TestCardKernels:
 
     def test_the_optimizers_lists_are_counted(self):
         """On a card AdamW takes the roots of all second moments at once."""
-        card, cpu = (counted(config(rows=1), kernels=kernels) for kernels in ("card", "cpu"))
-        assert card.parts["optimizer step"] - cpu.parts["optimizer step"] > 0.9 * card.parts["student weights"]
+        student = llama(128, 12)  # whose largest weight, the one temporary on a CPU, is a fifth of all
+        card, cpu = (counted(config(rows=1), student=student, kernels=kernels) for kernels in ("card", "cpu"))
+        assert card.phases["optimizer"] - cpu.phases["optimizer"] > 0.7 * card.parts["student weights"]
 
 
 class TestLiveBytes:
