@@ -210,7 +210,7 @@ class TestCardKernels:
         assert eager.phases["student"] - fused.phases["student"] > 2 * 2 * maps
 
     def test_the_optimizers_lists_are_counted(self):
-        """On a card AdamW takes the roots of all second moments at once, on a CPU one after the other and in two copies."""
+        """On a card AdamW takes the roots of all second moments at once, on a CPU one by one and in two copies."""
         student = llama(128, 12)
         card, cpu = (counted(config(rows=1), student=student, kernels=kernels) for kernels in ("card", "cpu"))
         largest = 4 * 4000 * 128
