@@ -22,7 +22,7 @@ from kdkit.losses import (
     skew_reverse_kl,
     tvd,
 )
-from kdkit.losses.head_pass import _BLOCK_ENTRIES
+from kdkit.losses.head_pass import BLOCK_ENTRIES
 from kdkit.teacher.kept import TopKSignal
 from kdkit.teacher.signal import DenseSignal, Head, LiveSignal
 
@@ -36,7 +36,7 @@ class TestHeadPassEqualsTheDensePath:
     def test_for_lengths_that_do_not_divide(
         self, name: str, chunk_tokens: int, block_rows: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setitem(_BLOCK_ENTRIES, "cpu", block_rows * V)
+        monkeypatch.setitem(BLOCK_ENTRIES, "cpu", block_rows * V)
         scene = make_scene()
         term = DivergenceTerm(name, LOSSES[name])
         result = head_pass(scene.hidden, scene.head, scene.signal, [term], chunk_tokens=chunk_tokens)

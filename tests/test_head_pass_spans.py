@@ -28,7 +28,7 @@ from kdkit.losses import (
     tvd,
     uld,
 )
-from kdkit.losses.head_pass import _BLOCK_ENTRIES
+from kdkit.losses.head_pass import BLOCK_ENTRIES
 from kdkit.losses.spans import pieces
 from kdkit.teacher.kept import TopKSignal
 from kdkit.teacher.signal import DenseSignal, Head, LiveSignal, SparseSignal
@@ -106,7 +106,7 @@ class TestEqualsTheDensePath:
     def test_at_the_starts_of_spans(
         self, name: str, chunk_tokens: int, block_rows: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setitem(_BLOCK_ENTRIES, "cpu", block_rows * W)
+        monkeypatch.setitem(BLOCK_ENTRIES, "cpu", block_rows * W)
         scene = make_across()
         term = CrossTerm("kd", LOSSES_ACROSS[name], temperature=1.5, span_weights=scene.weights)
         result = scene.run(term, chunk_tokens=chunk_tokens)
@@ -117,7 +117,7 @@ class TestEqualsTheDensePath:
     @chunk_sizes
     @block_sizes
     def test_over_whole_spans(self, chunk_tokens: int, block_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(_BLOCK_ENTRIES, "cpu", block_rows * V)
+        monkeypatch.setitem(BLOCK_ENTRIES, "cpu", block_rows * V)
         scene = make_across()
         term = SpanTerm(
             "span", scene.student.targets, scene.teacher_logprobs, temperature=2.0, span_weights=scene.weights
@@ -287,7 +287,7 @@ class TestWork:
         assert asked == [(0, 4), (4, 5), (5, 6), (6, 9)]
 
     def test_blocks_are_as_small_as_the_wider_vocabulary_asks_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(_BLOCK_ENTRIES, "cpu", 4 * W)  # 5 rows of the student's 53 ids
+        monkeypatch.setitem(BLOCK_ENTRIES, "cpu", 4 * W)  # 5 rows of the student's 53 ids
         seen: list[int] = []
 
         def counted(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ from kdkit.teacher.signal import Head, TeacherSignal, at_least_float32, compute_
 # Entries of the logits that the losses take at a time. A chunk is long for the sake of the matrix products, as the
 # weight's gradient, (V, H), is read and written once per chunk; the losses hold several copies of what they work on.
 # On a CPU these should fit its cache, elsewhere they should only be large against the cost of starting a kernel.
-_BLOCK_ENTRIES = {"cpu": 2**20}
-_BLOCK_ENTRIES_ELSEWHERE = 2**22
+BLOCK_ENTRIES = {"cpu": 2**20}
+BLOCK_ENTRIES_ELSEWHERE = 2**22
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +206,7 @@ def _walk_blocks(logits: Tensor, task: Task, rows: slice, *, tally: Tally, gradi
     teacher = task.teacher_rows(rows, logits.device)
     form = gradients.wanted and task.has_weight
     row_scale = at_least_float32(logits.new_ones(len(logits), 1))  # (n, 1)
-    entries = _BLOCK_ENTRIES.get(logits.device.type, _BLOCK_ENTRIES_ELSEWHERE)
+    entries = BLOCK_ENTRIES.get(logits.device.type, BLOCK_ENTRIES_ELSEWHERE)
     num_ids = logits.shape[-1] if teacher is None else max(logits.shape[-1], teacher.num_ids)
     size = max(1, entries // num_ids)  # rows of a block
     for piece in pieces(rows, size, task.spans):

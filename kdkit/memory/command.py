@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import yaml
@@ -11,8 +11,9 @@ from kdkit.config import DistillConfig
 from kdkit.errors import UserError
 from kdkit.memory.cards import CARDS, Card, card_here, card_of_budget, find_card
 from kdkit.memory.fit import Fit, as_settings, fit_run
-from kdkit.memory.planning import Pair, RunPlan, plan_run
+from kdkit.memory.planning import Pair, RunPlan, are_other_tokenizers, plan_run, stages_of
 from kdkit.memory.showing import plan_bars, plan_json, plan_lines, plan_table
+from kdkit.memory.sizes import find_config
 from kdkit.runtime import GIB
 
 
@@ -110,12 +111,40 @@ def answer_plan(config: DistillConfig, request: PlanRequest) -> PlanAnswer:
     card, pair = request.card(), Pair.of(config)
     plan = plan_run(config, card, pair=pair, measured=request.measured)
     fit = fit_run(config, card, pair=pair) if request.fit else None
-    answer = PlanAnswer(plan, fit)
+    answer = PlanAnswer(plan, fit, _count(config, plan) if request.exact else {})
     if request.figure is not None:
         _write(request.figure, lambda: _figure(plan if fit is None else fit.plan, request.figure))
     if request.output is not None and fit is not None:
         _write(request.output, lambda: yaml.safe_dump(fit.patch(), sort_keys=False).encode())
     return answer
+
+
+def _count(config: DistillConfig, plan: RunPlan) -> dict[str, object]:
+    """The peak of the stage that needs most, counted on fake tensors, beside the estimate."""
+    import warnings
+
+    from transformers import AutoConfig
+
+    from kdkit.memory.exact import count_step
+
+    shapes = {
+        role: AutoConfig.from_pretrained(
+            find_config(side.path, revision=side.revision).parent, trust_remote_code=side.trust_remote_code
+        )
+        for role, side in (("teacher", config.teacher), ("student", config.student))
+    }
+    widths = [shape.get_text_config().vocab_size for shape in shapes.values()]
+    stage, worst = stages_of(config)[plan.stage], plan.worst
+    crosses = are_other_tokenizers(*widths)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of models without values
+        counted = count_step(stage, **shapes, precision=worst.precision, crosses=crosses)
+    peak, planned = counted.peak_bytes, worst.tensor_bytes
+    line = (
+        f"counted: tensors of at most {peak / GIB:.2f} GiB, in phase {counted.phase}; planned {planned / GIB:.2f} "
+        f"({planned / peak - 1:+.1%}), without context and slack"
+    )
+    return {**asdict(counted), "planned_bytes": planned, "crosses_tokenizers": crosses, "line": line}
 
 
 def _figure(plan: RunPlan, path: Path | None) -> bytes:

@@ -19,7 +19,7 @@ from kdkit.config.reading import load_config
 from kdkit.errors import UserError
 from kdkit.memory.cards import Card
 from kdkit.memory.estimate import OFFLOAD
-from kdkit.memory.planning import Pair, RunPlan, plan_stages, stages_of
+from kdkit.memory.planning import Pair, RunPlan, are_other_tokenizers, plan_stages, stages_of
 
 Changes = Mapping[str, JsonValue]
 """Field as `--set` names it -> value."""
@@ -27,8 +27,6 @@ Changes = Mapping[str, JsonValue]
 FULL_FRACTION = 0.92
 """A card is called full above this share: the estimate may be off by what is left."""
 CHUNKS = (1024, 512, 256, 128, 64)
-PADDING_FRACTION = 0.01
-"""By how much two heads over one vocabulary differ at most: families round it up differently."""
 SHORTER = (1.0, 0.75, 0.5, 0.375, 0.25)
 
 
@@ -130,8 +128,7 @@ def _teacher_ways(config: DistillConfig, pair: Pair) -> Iterator[tuple[str | Non
 
 def _is_cacheable(config: DistillConfig, pair: Pair) -> bool:
     """Whether a cached teacher can serve every stage; vocabularies of other sizes are taken for other tokenizers."""
-    smaller, larger = sorted((pair.teacher.vocab_size, pair.student.vocab_size))
-    is_one_tokenizer = larger - smaller < PADDING_FRACTION * larger
+    is_one_tokenizer = not are_other_tokenizers(pair.teacher.vocab_size, pair.student.vocab_size)
     problems = itertools.chain.from_iterable(map(cache_problems, stages_of(config).values()))
     return config.objective.needs_teacher and config.teacher.cache is None and is_one_tokenizer and not any(problems)
 

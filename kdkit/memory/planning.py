@@ -11,6 +11,9 @@ from kdkit.memory.estimate import MemoryPlan, estimate_memory
 from kdkit.memory.hours import Speed, looked_up_speed, measured_speed
 from kdkit.memory.sizes import ModelSizes, read_sizes
 
+PADDING_FRACTION = 0.01
+"""By how much two heads over one vocabulary differ at most: families round it up differently."""
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -105,6 +108,12 @@ def plan_stages(stages: Mapping[str, DistillConfig], card: Card, *, pair: Pair, 
         },
         {name: count_steps(stage) for name, stage in stages.items()},
     )
+
+
+def are_other_tokenizers(*widths: int) -> bool:
+    """Whether two vocabularies are taken for those of two tokenizers, by their sizes alone."""
+    smaller, larger = sorted(widths)
+    return larger - smaller >= PADDING_FRACTION * larger
 
 
 def count_steps(config: DistillConfig) -> int | None:
