@@ -34,6 +34,8 @@ from kdkit.teacher.signal import Head, TeacherSignal, at_least_float32, compute_
 # On a CPU these should fit its cache, elsewhere they should only be large against the cost of starting a kernel.
 BLOCK_ENTRIES = {"cpu": 2**20}
 BLOCK_ENTRIES_ELSEWHERE = 2**22
+# The pieces that chunks and blocks are; a count of memory, to which one is as good as another, takes a few of them.
+walk = pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +183,7 @@ class _HeadPass(torch.autograd.Function):
         head_bias = None if bias is None else bias[:num_ids].to(dtype)  # (V',)
         tally = Tally.zeros(task, num_positions, like=head_weight)
         gradients = _Gradients.zeros((hidden, weight, bias), ctx.needs_input_grad[:3], dtype=tally.values.dtype)
-        for rows in pieces(slice(0, num_positions), task.chunk_tokens, task.spans):
+        for rows in walk(slice(0, num_positions), task.chunk_tokens, task.spans):
             chunk = hidden[rows].to(dtype)  # (n, H)
             logits = F.linear(chunk, head_weight, head_bias)  # (n, V')
             row_scale = _walk_blocks(logits, task, rows, tally=tally, gradients=gradients)
@@ -209,7 +211,7 @@ def _walk_blocks(logits: Tensor, task: Task, rows: slice, *, tally: Tally, gradi
     entries = BLOCK_ENTRIES.get(logits.device.type, BLOCK_ENTRIES_ELSEWHERE)
     num_ids = logits.shape[-1] if teacher is None else max(logits.shape[-1], teacher.num_ids)
     size = max(1, entries // num_ids)  # rows of a block
-    for piece in pieces(rows, size, task.spans):
+    for piece in walk(rows, size, task.spans):
         block = _within(piece, rows)
         known = _within(task.signal_rows(piece), task.signal_rows(rows))
         gradient = _block_gradient(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from kdkit.data.batch import Batch, DistillCollator, EncodedRow, batch_tensors
 from kdkit.loading import add_lora, head_of, head_width
 from kdkit.losses import GroupedIds, HeadPassResult, VocabularyGroups, VocabularyMatch
 from kdkit.losses.head_pass import BLOCK_ENTRIES, BLOCK_ENTRIES_ELSEWHERE
+from kdkit.losses.spans import Spans
 from kdkit.memory.counting import LiveBytes
 from kdkit.memory.generation import answer
 from kdkit.memory.stand_ins import CardKernels, KernelAdamW, quantise
@@ -31,12 +33,14 @@ from kdkit.training.model import DistillModel
 from kdkit.training.objective import Across, Moment, Objective, count_items
 from kdkit.training.optimizer import parameter_groups
 
+_HEAD_PASS = import_module("kdkit.losses.head_pass")  # its package has a function of that name
 Kernels = Literal["card", "cpu"]
 """Whose allocations are counted."""
 
 SHARED_IDS_FRACTION = 0.6
 """Of the smaller vocabulary, where `kd.across` is hybrid: SmolLM shares about this much with Qwen."""
 _NUM_MOMENTS = 20
+_NUM_PIECES = 3
 _OPTIMIZER_RATE = 1e-3  # any: only what the step allocates is looked at
 
 
@@ -70,7 +74,7 @@ def count_step(
 
     The batch is the costliest of its shape: `optim.batch_size` rows of `data.max_length` tokens, each but the first
     counted and a unit of its own; the last row one token shorter, so that there is padding as in nearly every batch.
-    With accumulation two micro-batches run, the second among the gradients of the first. Schedules stand where most
+    With accumulation it runs among the gradients of those before it. Schedules stand where most
     terms are on.
 
     Args:
@@ -92,7 +96,7 @@ def count_step(
         num_experts=_num_experts(teacher),
     )
     card = CardKernels(has_flash_attention=precision == "bfloat16") if kernels == "card" else None
-    with count, nullcontext() if card is None else _on(card):
+    with count, nullcontext() if card is None else _on(card), _few_pieces() if fake else nullcontext():
         run = _Run.build(
             config,
             count,
@@ -189,11 +193,12 @@ class _Run:
         with self.count.part("batch"):
             batch = _costliest_batch(self.config, self.config.optim.batch_size, crosses=self.crosses)
         self.count.hold(batch_tensors(batch).values(), "batch")
-        for _ in range(min(self.config.optim.accumulation, 2)):
-            loss = self._forward(batch)
-            with self.count.phase("backward"), self.count.part("backward"):
-                loss.backward()
-            del loss
+        if self.config.optim.accumulation > 1:
+            self._accumulate()
+        loss = self._forward(batch)
+        with self.count.phase("backward"), self.count.part("backward"):
+            loss.backward()
+        del loss
         with self.count.phase("optimizer"), self.count.part("optimizer step"):
             self._update()
         self.optimizer.zero_grad()
@@ -250,12 +255,19 @@ class _Run:
         self.optimizer.step()
         del before
 
+    def _accumulate(self) -> None:
+        """Gradients as the micro-batches before leave them."""
+        with self.count.part("gradients"):
+            for parameter in self.model.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+
     def _prime_optimizer(self) -> None:
         """A step without gradients, which makes the optimizer's states; from then on gradients are told apart."""
         with self.count.part("optimizer states"):
             for parameter in self.model.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-                parameter.register_post_accumulate_grad_hook(self._hold_gradient)
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(self._hold_gradient)
             self.optimizer.step()
             self.optimizer.zero_grad()
 
@@ -292,6 +304,21 @@ def _on(card: CardKernels) -> Iterator[None]:
             yield
     finally:
         BLOCK_ENTRIES["cpu"] = kept
+
+
+@contextmanager
+def _few_pieces() -> Iterator[None]:
+    """The first pieces of a head pass and its last one: without values all others are the same again."""
+
+    def few(rows: slice, size: int, spans: Spans | None) -> Iterator[slice]:
+        found = list(_HEAD_PASS.pieces(rows, size, spans))
+        yield from found if len(found) <= _NUM_PIECES else [*found[: _NUM_PIECES - 1], found[-1]]
+
+    vars(_HEAD_PASS)["walk"] = few
+    try:
+        yield
+    finally:
+        vars(_HEAD_PASS)["walk"] = _HEAD_PASS.pieces
 
 
 def _recomputing(card: CardKernels | None) -> dict[str, Any]:
