@@ -293,6 +293,12 @@ class _Estimate:
         """Gradients by the head's inputs and weight, which its pass has formed already."""
         return {"divergence": self._head_gradient_bytes + SINGLE * self._num_tokens * self.student.hidden}
 
+    @property
+    def _block_bytes(self) -> int:
+        """Of one tensor that the losses work on; comparing K ids alone spares less than one of them, counted."""
+        chunk = min(self.config.objective.chunk_tokens, self._num_tokens)
+        return min(BLOCK_BYTES, chunk * self.student.vocab_size * SINGLE)
+
     def _head_pass_bytes(self) -> int:
         """The chunked pass at its fullest: the head's copy, a chunk's logits on both sides, blocks in float32."""
         chunk = min(self.config.objective.chunk_tokens, self._num_tokens)
@@ -302,7 +308,7 @@ class _Estimate:
         if self._needs_teacher:
             logits += chunk * self.teacher.vocab_size * self._teacher_number
         copies = (head + head) if self._number == HALF else 0  # the weight's, and of each chunk's gradient by it
-        blocks = min(BLOCK_BYTES, chunk * width * SINGLE) * NUM_BLOCKS
+        blocks = self._block_bytes * NUM_BLOCKS
         rows = SINGLE * self._num_tokens * self.student.hidden
         return self._held_by_head()["divergence"] + copies + logits + blocks + rows
 
@@ -391,5 +397,10 @@ class _Estimate:
             notes.append(
                 f"{share:.0%} of the teacher are stacked experts, which bitsandbytes leaves in half precision: "
                 f"{quantization} packs the rest alone"
+            )
+        if self.config.objective.kd.top_k is not None and self._needs_teacher:
+            notes.append(
+                f"top_k={self.config.objective.kd.top_k} saves at most {self._block_bytes / 2**20:.0f} MiB while the "
+                "teacher is live: its logits over all ids are formed chunk by chunk all the same"
             )
         return notes
