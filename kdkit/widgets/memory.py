@@ -76,12 +76,12 @@ def _controls(config: DistillConfig, cards: Sequence[str]) -> Iterable[Control]:
     yield Control("recompute", "checkpointing", [("off", False), ("on", True)], recompute, kind="buttons")
     weights = config.teacher.quantization or config.teacher.dtype
     kinds = WEIGHTS | {weights: WEIGHTS.get(weights, weights)}
-    yield Control("weights", "teacher", [(seen, kind) for kind, seen in kinds.items()], weights, kind="buttons")
+    yield Control("weights", "teacher weights", [(seen, kind) for kind, seen in kinds.items()], weights, kind="buttons")
     yield Control("card", "card", [(card, card) for card in cards], cards[0], kind="buttons")
 
 
 def _numbers(usual: Iterable[int], own: int | None) -> list[tuple[str, Hashable]]:
-    return [(f"{number:,}", number) for number in sorted({*usual, own} - {None})]
+    return [(f"{number:,}", number) for number in sorted({*usual, *filter(None, [own])})]
 
 
 def _teacher_on(card: Card, weights: str) -> "dict[str, JsonValue]":
