@@ -36,7 +36,7 @@ def memory_explorer(config: DistillConfig, cards: Sequence[Card] = (CARDS["p100"
     teacher is on the second one.
 
     Args:
-        config: the run; the controls start at what it says, and act on all of its stages.
+        config: the run, where the controls start; of several stages the one that needs most on the first card.
         cards: to choose among, the first one to start with.
     Returns:
         The explorer; its controls are `batch`, `length`, `k`, `chunk`, `recompute`, `weights` and `card`.
@@ -44,24 +44,26 @@ def memory_explorer(config: DistillConfig, cards: Sequence[Card] = (CARDS["p100"
         UserError: as `kdkit.memory.sizes.read_sizes`.
     """
     pair, stages, by_name = Pair.of(config), stages_of(config), {card.name: card for card in cards}
+    name = plan_stages(stages, cards[0], pair=pair).stage
+    stage = stages[name]
 
     def draw(batch: int, length: int, k: int | str, chunk: int, recompute: bool, weights: str, card: str) -> "Figure":
         changes: dict[str, JsonValue] = {
             "optim.batch_size": batch,
             "data.max_length": length,
-            "data.max_prompt_length": min(config.data.max_prompt_length, length // 2),
+            "data.max_prompt_length": min(stage.data.max_prompt_length, length // 2),
             "objective.kd.top_k": None if k == ALL_IDS else k,
             "objective.chunk_tokens": chunk,
             "student.gradient_checkpointing": recompute,
             **_teacher_on(by_name[card], weights),
         }
         settings = [f"{field}={json.dumps(value)}" for field, value in changes.items()]
-        changed = {name: load_config(stage.model_dump(mode="json"), settings) for name, stage in stages.items()}
+        changed = load_config(stage.model_dump(mode="json"), settings)
         said = f"{batch} × {length} tokens, K {k}, chunks of {chunk}{', checkpointing' if recompute else ''}, "
         said += f"teacher {WEIGHTS.get(weights, weights)}"
-        return _figure(plan_stages(changed, by_name[card], pair=pair), said)
+        return _figure(plan_stages({name: changed}, by_name[card], pair=pair), said)
 
-    return Explorer(draw, _controls(config, list(by_name)))
+    return Explorer(draw, _controls(stage, list(by_name)))
 
 
 def _controls(config: DistillConfig, cards: Sequence[str]) -> Iterable[Control]:
@@ -101,10 +103,9 @@ def _teacher_on(card: Card, weights: str) -> "dict[str, JsonValue]":
 
 
 def _figure(plan: RunPlan, settings: str) -> "Figure":
-    """The bars of the stage that needs most, under the settings; below them what else is to be known."""
+    """The bars of a stage under its settings, and below them what else is to be known."""
     figure = plot_memory(plan_bars(plan.worst))
     figure.suptitle(f"{wrapped(settings)}:\n{figure.get_suptitle()}")
-    seconds = max(speed.step_seconds for speed in plan.speeds.values())
-    notes = [f"{seconds:.2g} s an optimizer step, looked up", *plan.worst.notes]
+    notes = [f"{plan.speeds[plan.stage].step_seconds:.2g} s an optimizer step, looked up", *plan.worst.notes]
     figure.axes[-1].set_xlabel("\n".join(["GiB", *(wrapped(note, 90) for note in notes)]), fontsize="small")
     return figure
