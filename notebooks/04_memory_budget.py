@@ -117,12 +117,12 @@ for part in [*SAID, *(name for name in seeds.parts if name not in SAID)]:
 # - **Confirmed: the teacher and the student.** A teacher of 4.5 GB is 1.1 billion weights in float32;
 #   half precision would have halved it at once.
 # - **Near: the activations.** They hang on the rows at a time, which the report leaves out.
-# - **Too much: the optimizer states.** Two moments of this student are half of what was said. The rest
-#   may be the average of the weights, as large as the student, which the table does not list.
+# - **Too much: the optimizer states.** Two moments of this student are little more than half of what was
+#   said. The rest may be the average of the weights, as large as the student, which is not in the table.
 # - **Cannot be: the gradients.** 135 million float32 numbers are 0.5 GB, not 1.5. AdamW's temporaries,
 #   alive while it steps, are as much again, and by then the activations are gone.
-# - **Missing**: what is not in the second column. Parts do not peak together either: a sum of the
-#   largest says more than was ever there.
+# - **Missing**: the lines without a number in the second column. And parts do not peak together: a sum
+#   of the largest says more than was ever there.
 #
 # And the divergence? The plan has far less of it than the report. That code had the logits of all
 # positions: the teacher's and its probabilities, and the student's, its log-probabilities and their
@@ -139,10 +139,10 @@ fullest = (seeds.peak_bytes + whole) / seeds.card.memory_bytes
 print(f"the plan's peak is {seeds.used_fraction:.0%} of the card; with whole logits beside it {fullest:.0%}")
 
 # %% [markdown]
-# So the 3 GB were right, and they were not needed: the largest part that a setting can take away is the
-# logits. The report's own remedy, comparing the 256 likeliest ids alone, comes after they have been
-# formed. (96 to 98 % is what the allocator had reserved; it keeps what it once had, so that this is no
-# lower bound.)
+# So the 3 GB were there, and need not have been: in chunks the divergence takes a fraction of them. The
+# report's own remedy, to compare the 256 likeliest ids alone, comes after all logits have been formed.
+# (96 to 98 % may well be what the allocator had reserved. It keeps what it once had, so such a figure is
+# no lower bound of what a run needs.)
 #
 # ## The run of the settings above, on one card
 #
@@ -167,7 +167,7 @@ print("\n".join(plan_lines(plan)))
 # ## Beside it: two cards
 #
 # Each T4 has less room than the P100, but there are two: the teacher takes one, and its bars leave the
-# student's. Nothing is split, and no step waits for more than the teacher's last hidden states.
+# student's. No model is split: only what the terms look at goes from one card to the other.
 
 # %%
 two = load_config(PRESET, [f"teacher.path={TEACHER}", f"student.path={STUDENT}", *CHANGES, "teacher.device=cuda:1"])
@@ -187,7 +187,7 @@ print("\n".join(plan_lines(plan_of_two)))
 # - **K** moves nothing that can be seen: a live teacher's logits are there before the K likeliest are
 #   known. It counts where they are stored.
 # - **teacher**: 4 bits save little here, since the stacked experts stay in half precision. A P100 has no
-#   units for int8, which is said in place of a figure.
+#   units for int8, which is then said below the figure.
 
 # %%
 from kdkit.widgets import memory_explorer
