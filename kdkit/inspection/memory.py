@@ -70,7 +70,7 @@ def watched_memory() -> Iterator[Peak]:
         return
     _give_back()
     done = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(peak, done), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(peak, done, _resident_bytes()), daemon=True)
     watcher.start()
     try:
         yield peak
@@ -79,8 +79,7 @@ def watched_memory() -> Iterator[Peak]:
         watcher.join()
 
 
-def _watch(peak: Peak, done: threading.Event) -> None:
-    before = _resident_bytes()
+def _watch(peak: Peak, done: threading.Event, before: int) -> None:
     while not done.wait(_SECONDS_BETWEEN_LOOKS):
         peak.num_bytes = max(peak.num_bytes, _resident_bytes() - before)
 
