@@ -97,5 +97,8 @@ def explorer_cells(aligned_run, trained_row, tmp_path_factory):
         "threshold": f"threshold = widgets.threshold_explorer({str(traces)!r})\nthreshold",
         "temperature": "temperature = widgets.temperature_explorer("
         f"models, [{{'prompt': {prompt!r}, 'references': [{answer!r}]}}])\ntemperature",
+        "memory": "from kdkit import load_config\nfrom kdkit.memory.shapes import shape_folder\n"
+        "paths = [f'teacher.path={shape_folder(\"huihui-moe-1b\")}', f'student.path={shape_folder(\"smollm-135m\")}']\n"
+        "memory = widgets.memory_explorer(load_config('moe-smollm', paths))\nmemory",
         "alignment": f"alignment = widgets.alignment_explorer(models, {prompt!r}, {answer!r})\nalignment",
     }

@@ -13,10 +13,19 @@ from tiny import make_pair
 INSTALLED = importlib.metadata.version("ipywidgets")
 KAGGLES = "8.1.5"
 TRIO = (f"ipywidgets=={KAGGLES}", "jupyterlab_widgets==3.0.13", "widgetsnbextension==4.0.13")
-CELLS = ("models", "threshold", "temperature", "alignment")
+CELLS = ("models", "threshold", "temperature", "memory", "alignment")
 PRESSED = {
     "threshold": (("threshold φ", "ArrowLeft"), ("sweep", "Space")),
     "temperature": (("temperature T", "ArrowRight"), ("position", "ArrowRight"), ("loss", "Space")),
+    "memory": (
+        ("rows at a time", "ArrowRight"),
+        ("tokens a row", "ArrowRight"),
+        ("teacher's ids K", "ArrowRight"),
+        ("chunk (tokens)", "ArrowLeft"),
+        ("checkpointing", "Space"),
+        ("teacher weights", "Space"),
+        ("card", "Space"),
+    ),
     "alignment": (("smoothing γ", "ArrowRight"), ("band (units)", "ArrowLeft")),
 }
 """Every control of every explorer, and the key that moves it."""

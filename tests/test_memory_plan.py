@@ -19,6 +19,7 @@ from kdkit.memory.cards import CARDS, card_here, card_of_budget, find_card
 from kdkit.memory.fit import FULL_FRACTION, fit_run
 from kdkit.memory.hours import looked_up_speed, measured_speed
 from kdkit.memory.planning import Pair, plan_run
+from kdkit.memory.shapes import shape_folder
 from kdkit.memory.sizes import read_sizes
 from kdkit.runtime import GIB
 
@@ -133,6 +134,39 @@ class TestReadSizes:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         with pytest.raises(UserError, match=r"put it into a folder"):
             read_sizes("nobody/nothing-at-all")
+
+
+PUBLISHED = {
+    "gpt2": 124_439_808,
+    "gpt2-xl": 1_557_611_200,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-7b": 7_615_616_512,
+    "smollm-135m": 134_515_008,
+}
+"""Parameters of each, as its publisher's weights have them."""
+
+
+class TestShapeFolder:
+    @pytest.mark.parametrize("name", PUBLISHED)
+    def test_has_the_published_number_of_parameters(self, name):
+        assert read_sizes(str(shape_folder(name))).num_params == PUBLISHED[name]
+
+    def test_the_mixture_has_the_sizes_that_its_runs_report(self):
+        sizes = read_sizes(str(shape_folder("huihui-moe-1b")))
+        assert (sizes.num_layers, sizes.hidden, sizes.vocab_size, sizes.num_experts) == (24, 1024, 151_936, 8)
+        assert round(sizes.num_params / 1e9, 1) == 1.1
+
+    def test_holds_nothing_but_a_config(self):
+        names = {*PUBLISHED, "huihui-moe-1b"}
+        assert {folder.name for folder in shape_folder("gpt2").parent.iterdir() if folder.is_dir()} == names
+        assert all([file.name for file in shape_folder(name).iterdir()] == ["config.json"] for name in names)
+
+    def test_an_unknown_one_has_its_nearest_names(self):
+        with pytest.raises(UserError, match=r"did you mean gpt2-xl or gpt2\? There are gpt2, gpt2-xl, huihui-moe-1b"):
+            shape_folder("gpt2xl")
 
 
 class TestCards:
@@ -257,6 +291,18 @@ class TestPlanRun:
         (note,) = plan_run(load_config(pair_config, ["teacher.quantization=nf4"]), find_card("t4")).worst.notes
         assert "57% of the teacher are stacked experts" in note  # 24 layers x 8 experts x 3 x 1024 x 1024 of 1.066 B
 
+    def test_what_comparing_few_ids_saves_is_said_and_is_little(self, pair_config):
+        """One tensor (128, 49,152) in float32 is 24 MiB, cut to blocks of 16."""
+        dense, sparse = (
+            plan_run(
+                load_config(pair_config, [f"objective.kd.top_k={k}", "objective.chunk_tokens=128"]), find_card("t4")
+            )
+            for k in ("null", 64)
+        )
+        (note,) = sparse.worst.notes
+        assert note.startswith("top_k=64 saves at most 16 MiB")
+        assert dense.worst.notes == ()
+
     def test_reads_no_weights_and_imports_no_torch(self, pair_config, tmp_path):
         file = tmp_path / "run.yaml"
         file.write_text(yaml.safe_dump(pair_config))
@@ -305,9 +351,9 @@ class TestFitRun:
             fit_run(config, card_of_budget(smallest - 0.1))
 
     def test_two_cards_take_a_teacher_that_one_cannot(self, pair_config, tmp_path):
-        """A 7 B teacher in half precision is 13 GiB."""
+        """A 6 B teacher in half precision is 12 GiB."""
         teacher = write_model(tmp_path / "big", "llama", **SMALL | {
-            "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 34,
+            "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 30,
             "num_attention_heads": 32, "num_key_value_heads": 32,
         })  # fmt: skip
         settings = pair_config | {"teacher": {"path": str(teacher)}}

@@ -349,6 +349,53 @@ class TestGenerationNotebook:
         assert "optimizer steps" not in printed(again)
 
 
+BUDGET = ROOT / "notebooks" / "04_memory_budget.py"
+
+
+@pytest.fixture(scope="module")
+def budgeted(tmp_path_factory):
+    """The notebook on memory at its smallest size, and after it a reader who moves sliders."""
+    folder = tmp_path_factory.mktemp("budget")
+    yield execute(BUDGET, folder, size="smoke", extra=[MOVE_EVERY_SLIDER])
+    shutil.rmtree(folder)
+
+
+class TestMemoryNotebook:
+    def test_nothing_is_red_and_nothing_warns(self, budgeted):
+        assert not [o for o in outputs(budgeted) if o.output_type == "error" or o.get("name") == "stderr"]
+        assert not re.search(r"warning", printed(budgeted), re.IGNORECASE)
+
+    def test_it_shows_one_card_two_cards_the_explorer_and_the_proposal(self, budgeted):
+        titles = [o.metadata["image/png"]["alt"] for o in outputs(budgeted) if "image/png" in o.get("data", {})]
+        one, two, explorer, proposal = (" ".join(title.split()) for title in titles)
+        assert one.startswith("Does not fit: ")
+        assert "of 14.6 GiB on the T4 x2" in two
+        assert explorer.endswith(one)
+        assert proposal.startswith("Fits")
+        assert "of 15.9 GiB on the P100" in proposal
+
+    def test_the_recorded_table_stands_beside_arithmetic(self, budgeted):
+        """1,066,392,576 and 134,515,008 numbers of four bytes; 1,536 positions of 2 x 151,936 and 3 x 49,152 ids."""
+        assert re.search(r"teacher weights +4\.5 +4\.3\n +student weights +0\.5 +0\.5\n", printed(budgeted))
+        assert "1,536 positions x 151,936 and 49,152 ids: 2.8 GB" in printed(budgeted)
+
+    def test_every_slider_changes_the_picture(self, budgeted):
+        moved = [line.split() for line in printed(budgeted).splitlines() if line.startswith("moved ")]
+        assert [name for _, name, *_ in moved] == ["batch", "length", "k", "chunk", "recompute", "weights", "card"]
+        assert all(rest == ["True", "''"] for _, _, *rest in moved)
+
+    def test_what_a_row_more_takes_is_as_planned(self, budgeted):
+        (row,) = [line.split() for line in printed(budgeted).splitlines() if re.match(r" +16 ", line)]
+        planned, measured = map(float, row[-2:])
+        assert measured == pytest.approx(planned, rel=0.3)
+
+    @pytest.mark.slow
+    def test_the_default_takes_less_than_five_minutes(self, tmp_path):
+        started = time.monotonic()
+        execute(BUDGET, tmp_path, size="5 minutes")
+        assert time.monotonic() - started < SECONDS_OF_THE_DEFAULT
+
+
 CURRICULUM = ROOT / "notebooks" / "03_curriculum.py"
 
 

@@ -16,12 +16,12 @@ class TestPackages:
     def test_a_wheel_carries_every_package(self):
         """kdkit.plots and kdkit.training.rollout were in no wheel: `import kdkit.report` failed wherever one was."""
         listed = set(PROJECT["tool"]["setuptools"]["packages"])
-        assert {name for name in listed if "demo_data" not in name} == packages_of("kdkit") | {"kdkit.presets"}
+        assert {name for name in listed if "_data" not in name} == packages_of("kdkit") | {"kdkit.presets"}
 
     def test_a_wheel_carries_every_file_that_is_not_code(self):
         data = PROJECT["tool"]["setuptools"]["package-data"]
         others = {path for path in (ROOT / "kdkit").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
-        places = {name: ROOT / name.replace(".", "/") for name in data if "demo_data" not in name}
+        places = {name: ROOT / name.replace(".", "/") for name in data if "_data" not in name}
         carried = {file for name, place in places.items() for pattern in data[name] for file in place.glob(pattern)}
         assert not {path.name for path in others - carried} - {"README.md"}
 
@@ -30,3 +30,10 @@ class TestPackages:
         folders = {f"kdkit.demo_data.{path.parent.name}" for path in demo.glob("*/*.json")}
         assert folders == {name for name in tools["packages"] if name.startswith("kdkit.demo_data.")}
         assert all(tools["package-data"][name] == ["*"] for name in folders)
+
+    def test_a_wheel_carries_the_shapes(self):
+        tools, shapes = PROJECT["tool"]["setuptools"], ROOT / "data" / "shapes"
+        assert "kdkit.shape_data" in tools["packages"]
+        assert tools["package-dir"]["kdkit.shape_data"] == "data/shapes"
+        carried = {file for pattern in tools["package-data"]["kdkit.shape_data"] for file in shapes.glob(pattern)}
+        assert carried == {file for file in shapes.rglob("*") if file.is_file()}

@@ -2,6 +2,7 @@
 
 import base64
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -13,9 +14,19 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 from traces import LABELS, made_up_traces
 
+from kdkit.config import load_config
 from kdkit.errors import UserError
 from kdkit.inspection import save_traces
-from kdkit.widgets import Control, alignment_explorer, explorer, temperature_explorer, threshold_explorer
+from kdkit.memory.cards import find_card
+from kdkit.memory.shapes import shape_folder
+from kdkit.widgets import (
+    Control,
+    alignment_explorer,
+    explorer,
+    memory_explorer,
+    temperature_explorer,
+    threshold_explorer,
+)
 from kdkit.widgets.explorer import Explorer
 
 VIEW = "application/vnd.jupyter.widget-view+json"
@@ -124,12 +135,19 @@ def traces_file(tmp_path_factory):
     return path
 
 
+def planned_pair(*changes):
+    """The preset of the MoE teacher and SmolLM, by their sizes alone."""
+    models = [f"teacher.path={shape_folder('huihui-moe-1b')}", f"student.path={shape_folder('smollm-135m')}"]
+    return load_config("moe-smollm", [*models, "evaluation.batch_size=4", *changes])
+
+
 @pytest.fixture(scope="module")
 def every_explorer(aligned_models, trained_row, traces_file):
     prompt, answer = trained_row
     return (
         threshold_explorer(traces_file),
         temperature_explorer(aligned_models, [{"prompt": prompt, "references": [answer]}]),
+        memory_explorer(planned_pair()),
         alignment_explorer(aligned_models, prompt, answer),
     )
 
@@ -144,7 +162,7 @@ class TestEveryExplorer:
 
     def test_sliders_report_when_they_are_let_go(self, every_explorer):
         sliders = [w for shown in every_explorer for w in shown.widgets.values() if hasattr(w, "continuous_update")]
-        assert len(sliders) == 5
+        assert len(sliders) == 9
         assert not any(slider.continuous_update for slider in sliders)
 
 
@@ -207,9 +225,69 @@ class TestAlignmentExplorer:
         assert same.alt != other.alt
 
 
+def used_gib(shown):
+    """What the title says is used."""
+    return float(re.search(r"([\d.]+) of [\d.]+ GiB", shown.alt)[1])
+
+
+class TestMemoryExplorer:
+    def test_it_starts_at_the_runs_settings_on_the_first_card(self):
+        shown = memory_explorer(planned_pair("optim.batch_size=3", "teacher.dtype=float16"))
+        expected = {"batch": 3, "length": 256, "k": 256, "chunk": 128, "recompute": False, "weights": "float16"}
+        assert shown.values == expected | {"card": "P100 16 GB"}
+        assert shown.alt.startswith("3 × 256 tokens, K 256, chunks of 128, teacher float16: Fits: ")
+
+    @pytest.mark.parametrize(
+        ("name", "value", "is_more"),
+        [
+            ("batch", 8, True),
+            ("length", 512, True),
+            ("chunk", 1024, True),
+            ("recompute", True, False),
+            ("weights", "float32", True),
+            ("weights", "nf4", False),
+            ("card", "T4 x2", False),  # the teacher has left
+        ],
+    )
+    def test_each_setting_moves_the_peak_its_way(self, name, value, is_more):
+        shown = memory_explorer(planned_pair("preset=[moe-smollm, fkl]", "objective.hidden.weight=0"))
+        before = used_gib(shown)
+        shown.widgets[name].value = value
+        assert shown.message.value == ""
+        assert (used_gib(shown) > before) is is_more
+        assert used_gib(shown) != before
+
+    def test_how_many_ids_are_compared_moves_no_bar_of_a_live_teacher(self):
+        shown = memory_explorer(planned_pair())
+        before = used_gib(shown)
+        shown.widgets["k"].value = "all"
+        assert used_gib(shown) == before
+        assert "K all" in shown.alt
+
+    def test_a_longer_row_than_the_prompts_limit_is_not_asked_for(self):
+        """A row shorter than `max_prompt_length` was refused by the config's own check."""
+        shown = memory_explorer(planned_pair())
+        shown.widgets["length"].value = 64
+        assert (shown.message.value, shown.alt[:6]) == ("", "4 × 64")
+
+    def test_int8_on_a_card_without_it_is_said(self):
+        shown = memory_explorer(planned_pair(), [find_card("p100")])
+        shown.widgets["weights"].value = "int8"
+        assert "int8 needs compute capability 7.5, and the P100 16 GB has 6.0: take nf4" in shown.message.value
+
+    def test_of_several_stages_it_is_the_one_that_needs_most(self):
+        """At the run's own 4 rows the figure showed less than the run would take."""
+        stages = "stages={warm: {optim: {batch_size: 2, max_steps: 9}}, long: {optim: {batch_size: 16}}}"
+        shown = memory_explorer(planned_pair(stages))
+        assert shown.values["batch"] == 16
+        before = used_gib(shown)
+        shown.widgets["batch"].value = 8
+        assert used_gib(shown) < before
+
+
 SET = """
 import hashlib
-for shown in (threshold, temperature, alignment):
+for shown in (threshold, temperature, memory, alignment):
     for name, control in shown.controls.items():
         before = hashlib.sha256(shown.picture.widget().value.encode()).hexdigest()
         shown.widgets[name].value = next(v for _, v in control.options if v != shown.widgets[name].value)
@@ -236,7 +314,8 @@ class TestInANotebook:
     def test_setting_a_value_changes_the_picture(self, executed):
         outputs = executed.cells[-2].outputs
         assert {output.name for output in outputs} == {"stdout"}
-        names = ("threshold", "label", "temperature", "position", "loss", "gamma", "band")
+        names = ["threshold", "label", "temperature", "position", "loss"]
+        names += ["batch", "length", "k", "chunk", "recompute", "weights", "card", "gamma", "band"]
         assert "".join(output.text for output in outputs).splitlines() == [f"{name} changed " for name in names]
 
     def test_what_is_kept_holds_the_controls_and_the_picture(self, executed):
@@ -253,7 +332,7 @@ class TestInANotebook:
         page, _ = HTMLExporter().from_notebook_node(saved)
         for cell in executed.cells[1:-2]:
             assert cell.outputs[0].data["image/png"].strip()[:200] in page
-        assert page.count('alt="') >= 3
+        assert page.count('alt="') >= 4
 
     def test_a_page_made_of_it_has_the_controls_where_it_was(self, executed):
         page, _ = HTMLExporter().from_notebook_node(executed)

@@ -26,7 +26,7 @@ PYTHON = (3, 12)
 NEWEST_GLIBC = 28
 """Minor version: wheels for glibc 2.28 are what packages ship, and the image (Ubuntu 22.04) has 2.35."""
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(NEWEST_GLIBC, 16, -1)] + ["manylinux2014_x86_64"]
-BUILD_INPUTS = ("pyproject.toml", "README.md", "LICENSE", "kdkit", "data/demo")
+BUILD_INPUTS = ("pyproject.toml", "README.md", "LICENSE", "kdkit", "data/demo", "data/shapes")
 """What kdkit's wheel is made of."""
 
 

@@ -77,9 +77,8 @@ def _layer_bytes(sizes: ModelSizes, *, length: int, number: int, attention: str,
     total = cost.of(sizes)
     if sizes.is_grouped and (repeats_kv or attention == "eager"):
         total += 2 * number * (sizes.query_width - sizes.kv_width)
-    if attention == "eager":  # scores in float32 under autocast, the map in the products' dtype, dropout's mask
-        a_score = SINGLE + (number if number == HALF else 0) + (1 if sizes.dropout else 0)
-        total += (sizes.num_heads * length) * a_score
+    if attention == "eager":
+        total += sizes.num_heads * (length * _score_bytes(sizes, number) - SINGLE)
     else:  # what is added to the scores of padded rows, one for all heads
         total += length * number
     if sizes.num_experts:  # the tokens' copies on their way through the experts
@@ -87,6 +86,13 @@ def _layer_bytes(sizes: ModelSizes, *, length: int, number: int, attention: str,
     if sizes.dropout:
         total += MASK_OF_DROPOUT * sizes.hidden
     return total
+
+
+def _score_bytes(sizes: ModelSizes, number: int) -> int:
+    """Of one entry of a written-down attention map: the softmax in float32, what is cast of it, what dropout keeps."""
+    if number == HALF:
+        return SINGLE + HALF + (1 if sizes.dropout else 0)
+    return SINGLE + (SINGLE + 1 if sizes.dropout else 0)
 
 
 def backward_bytes(sizes: ModelSizes, *, num_tokens: int, number: int) -> int:

@@ -59,7 +59,7 @@ class MemoryPlan:
     @property
     def peak_phase(self) -> str:
         """In which the student's card is fullest."""
-        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+        return self.fullest[0]
 
     @property
     def parts(self) -> Parts:
@@ -75,6 +75,15 @@ class MemoryPlan:
     def beside_bytes(self) -> int:
         """The peak on the teacher's own card; 0 where it shares the student's."""
         return max((sum(parts.values()) for parts in self.beside.values()), default=0)
+
+    @property
+    def fullest(self) -> tuple[str, ...]:
+        """The fullest phase of each card."""
+        return tuple(
+            max(phases, key=lambda phase: sum(phases[phase].values()))
+            for phases in (self.phases, self.beside)
+            if phases
+        )
 
     @property
     def tensor_bytes(self) -> int:
@@ -333,21 +342,25 @@ class _Estimate:
         """Gradients by the head's inputs and weight, which its pass has formed already."""
         return {"divergence": self._head_gradient_bytes + SINGLE * self._num_tokens * self.student.hidden}
 
+    @property
+    def _block_bytes(self) -> int:
+        """Of one tensor that the losses work on; comparing K ids alone spares less than one of them, counted."""
+        chunk = min(self.config.objective.chunk_tokens, self._num_tokens)
+        return min(BLOCK_BYTES, chunk * self.student.vocab_size * SINGLE)
+
     def _chunk_bytes(self) -> int:
         """The chunked pass besides its gradients: the head's copy, logits of both sides, blocks in float32."""
         chunk = min(self.config.objective.chunk_tokens, self._num_tokens)
-        width = self.student.vocab_size
-        logits = chunk * width * self._number
+        logits = chunk * self.student.vocab_size * self._number
         if self._needs_teacher:
             logits += chunk * self.teacher.vocab_size * self._teacher_number
-        copy = width * self.student.hidden * HALF if self._number == HALF else 0
-        return copy + logits + min(BLOCK_BYTES, chunk * width * SINGLE) * NUM_BLOCKS
+        copy = self.student.vocab_size * self.student.hidden * HALF if self._number == HALF else 0
+        return copy + logits + self._block_bytes * NUM_BLOCKS
 
     def _head_pass_bytes(self) -> int:
         """The chunked pass at its fullest, gradients by the head's inputs and weight included."""
-        width = self.student.vocab_size
         has_product = self._number == HALF and not self._lora_params
-        product = width * self.student.hidden * HALF if has_product else 0  # a chunk's gradient by the weight
+        product = self.student.vocab_size * self.student.hidden * HALF if has_product else 0  # a chunk's, by the weight
         rows = SINGLE * self._num_tokens * self.student.hidden
         return self._held_by_head()["divergence"] + self._chunk_bytes() + product + rows
 
@@ -434,6 +447,14 @@ class _Estimate:
                 f"{share:.0%} of the teacher are stacked experts, which bitsandbytes leaves in half precision: "
                 f"{quantization} packs the rest alone"
             )
+<<<<<<< HEAD
         if self.config.student.lora is not None:
             notes.append("LoRA: activations are planned as without it, which is a little more than there are")
+=======
+        if self.config.objective.kd.top_k is not None and self._needs_teacher:
+            notes.append(
+                f"top_k={self.config.objective.kd.top_k} saves at most {self._block_bytes / 2**20:.0f} MiB while the "
+                "teacher is live: its logits over all ids are formed chunk by chunk all the same"
+            )
+>>>>>>> part/nb04
         return notes

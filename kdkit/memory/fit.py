@@ -164,7 +164,7 @@ def _with_room_to_evaluate(
     while True:
         tried = {**changes, "evaluation.batch_size": rows}
         plan = plan_stages({name: _changed(stage, tried) for name, stage in stages.items()}, card, pair=pair)
-        is_too_much = plan.worst.used_fraction > FULL_FRACTION and plan.worst.peak_phase == "evaluation"
+        is_too_much = plan.worst.used_fraction > FULL_FRACTION and "evaluation" in plan.worst.fullest
         if not is_too_much or rows == 1:
             return tried, plan
         rows = (rows + 1) // 2

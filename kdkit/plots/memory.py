@@ -95,6 +95,7 @@ def _draw_card(axes: "Axes", card: CardBars) -> None:
         weight = "bold" if name == _peak(card)[0] else "normal"
         total = axes.annotate(f"{left:.1f}", (left, row), xytext=(4, 0), textcoords="offset points", va="center")
         total.set(fontsize="small", color=INK, fontweight=weight)
+        total.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})  # the budget may pass behind it
     budget = card.budget_bytes / GIB
     axes.axvline(budget, color=INK, linewidth=1.5)
     axes.axvline(TIGHT_FRACTION * budget, color=INK, linewidth=1, linestyle=":")

@@ -3,6 +3,7 @@
 from kdkit.widgets.alignment import alignment_explorer
 from kdkit.widgets.explorer import Control, Explorer, has_front_end
 from kdkit.widgets.live import LiveControls
+from kdkit.widgets.memory import memory_explorer
 from kdkit.widgets.temperature import temperature_explorer
 from kdkit.widgets.threshold import threshold_explorer
 
@@ -12,6 +13,7 @@ __all__ = [
     "LiveControls",
     "alignment_explorer",
     "has_front_end",
+    "memory_explorer",
     "temperature_explorer",
     "threshold_explorer",
 ]
