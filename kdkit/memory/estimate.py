@@ -447,14 +447,11 @@ class _Estimate:
                 f"{share:.0%} of the teacher are stacked experts, which bitsandbytes leaves in half precision: "
                 f"{quantization} packs the rest alone"
             )
-<<<<<<< HEAD
         if self.config.student.lora is not None:
             notes.append("LoRA: activations are planned as without it, which is a little more than there are")
-=======
         if self.config.objective.kd.top_k is not None and self._needs_teacher:
             notes.append(
                 f"top_k={self.config.objective.kd.top_k} saves at most {self._block_bytes / 2**20:.0f} MiB while the "
                 "teacher is live: its logits over all ids are formed chunk by chunk all the same"
             )
->>>>>>> part/nb04
         return notes
