@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from kdkit.config import DistillConfig, load_config
+from kdkit.errors import UserError
 from kdkit.memory.counting import BLOCK_BYTES, LiveBytes
 from kdkit.memory.exact import Counted, count_step
 
@@ -184,11 +185,17 @@ class TestSettings:
         embeddings = 8 * 4000 * 256
         assert states[1] == pytest.approx(embeddings + (states[0] - embeddings) * (2 + 8 / 256) / 8, rel=0.02)
 
-    def test_lora_has_gradients_and_states_of_its_layers_alone(self):
-        plain, lora = (counted(config(student={"from_scratch": False, "lora": given})) for given in (None, {"rank": 8}))
-        layer = 8 * (4 * (128 + 128) + 3 * (128 + 256))  # attention of one width, a block of twice that
-        assert lora.parts["optimizer states"] == pytest.approx(8 * 3 * layer, rel=0.02)
-        assert lora.parts["student weights"] < 0.6 * plain.parts["student weights"]
+    @pytest.mark.parametrize(
+        "asked",
+        [
+            {"student": {"from_scratch": False, "lora": {"rank": 8}}},
+            {"teacher": {"cache": "somewhere"}},
+            {"teacher": {"device": "offload"}},
+        ],
+    )
+    def test_what_it_cannot_count_is_refused(self, asked):
+        with pytest.raises(UserError, match="leave --exact out"):
+            counted(config(**asked))
 
     def test_an_average_of_the_weights_is_one_more_copy(self):
         plain, averaged = (counted(config(optim={"ema": ema})) for ema in (None, {}))

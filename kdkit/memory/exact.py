@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 
 from kdkit.config import DistillConfig, ObjectiveConfig
 from kdkit.data.batch import Batch, DistillCollator, EncodedRow, batch_tensors
-from kdkit.loading import add_lora, head_of, head_width
+from kdkit.loading import head_of, head_width
 from kdkit.losses import GroupedIds, HeadPassResult, VocabularyGroups, VocabularyMatch
 from kdkit.losses.head_pass import BLOCK_ENTRIES, BLOCK_ENTRIES_ELSEWHERE
 from kdkit.losses.spans import Spans
@@ -88,7 +88,10 @@ def count_step(
         fake: False allocates everything, on the CPU: to test the count. Takes `kernels="cpu"`.
     Returns:
         `Counted`.
+    Raises:
+        UserError: the student has LoRA layers, or the teacher is not to be there while training.
     """
+    _check_countable(config)
     is_apart = config.teacher.device not in ("auto", "cuda", "cuda:0")
     count = LiveBytes(
         FakeTensorMode(allow_non_fake_inputs=True) if fake else None,
@@ -118,6 +121,19 @@ def count_step(
         parts=dict(sorted(count.peaks[phase].parts.items(), key=lambda item: -item[1])),
         phases=phases,
     )
+
+
+def _check_countable(config: DistillConfig) -> None:
+    """Refuse what the step below is not the step of."""
+    if config.student.lora is not None:
+        raise UserError(
+            "LoRA layers cannot be counted on tensors without values: leave --exact out, the estimate has them"
+        )
+    if config.teacher.cache is not None or config.teacher.device == "offload":
+        raise UserError(
+            "a step is counted with the teacher on a card: leave --exact out for a cached or an offloaded one, the "
+            "estimate has them"
+        )
 
 
 class _LabelledObjective(Objective):
@@ -167,7 +183,7 @@ class _Run:
         with count.part("teacher weights"):
             source = _build_teacher(config, teacher, precision=precision)
         with count.part("student weights"):
-            learner = _build_student(config, student, precision=precision)
+            learner = _build_model(student, torch.float32, config.student.attention)
             if config.student.gradient_checkpointing:
                 learner.activation_checkpointing_enable({"use_reentrant": False} | _recomputing(card))
         widths = head_width(learner), head_width(source.model)
@@ -332,17 +348,6 @@ def _build_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str | 
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype, **chosen)
     model.tie_weights()
-    return model
-
-
-def _build_student(config: DistillConfig, student: PreTrainedConfig, *, precision: str) -> PreTrainedModel:
-    """The student in float32, or LoRA layers in one of the dtype that its frozen weights have."""
-    lora = config.student.lora
-    if lora is None:
-        return _build_model(student, torch.float32, config.student.attention)
-    base_dtype = precision if lora.base_dtype == "auto" else lora.base_dtype
-    model = _build_model(student, getattr(torch, base_dtype), config.student.attention)
-    add_lora(model.requires_grad_(False), lora, seed=config.seed)
     return model
 
 
