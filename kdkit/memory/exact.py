@@ -20,6 +20,7 @@ from transformers.initialization import no_init_weights
 
 from kdkit.config import DistillConfig, ObjectiveConfig
 from kdkit.data.batch import Batch, DistillCollator, EncodedRow, batch_tensors
+from kdkit.errors import UserError
 from kdkit.loading import head_of, head_width
 from kdkit.losses import GroupedIds, HeadPassResult, VocabularyGroups, VocabularyMatch
 from kdkit.losses.head_pass import BLOCK_ENTRIES, BLOCK_ENTRIES_ELSEWHERE
