@@ -54,6 +54,7 @@ VARIANTS = (
     *(
         Variant(f"{label}, teacher's answers", presets, (*KD_RATE, *own), is_warm=False, on_answers=True)
         for label, presets, own in (
+            ("labels alone", ("sft",), ()),
             ("ULD and labels", ("uld",), ("objective.lm.weight=1", "objective.span.weight=0")),
             ("spans and labels", ("span",), ()),
             ("forward KL by equal bytes", ("fkl",), ("objective.kd.across=hybrid",)),
