@@ -198,7 +198,7 @@ memory_explorer(config, [find_card(CARD), find_card(BESIDE)])
 # ## The fastest settings that fit
 #
 # `fit_run`, which is `kdkit plan --fit`, tries all of them. First what leaves the result as it is: how a
-# step's rows are split, checkpointing, the chunk, the card of the teacher. Only where that is not enough
+# step's rows are split, checkpointing, the chunk. Only where that is not enough
 # does it give something up, and says what. The patch goes into the run's YAML file.
 
 # %%

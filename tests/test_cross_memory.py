@@ -15,7 +15,7 @@ class TestPeak:
                 "preset": ["demo-moe", "student-aware"],
                 "teacher": {"dtype": "auto"},
                 "data": {"max_length": 256, "max_prompt_length": 160},
-                "objective": {"routing": {"weight": 0.1}, "kd": {"across": "hybrid"}},
+                "objective": {"routing": {"weight": 0.1}, "kd": {"across": "grouped"}},
                 "optim": {"batch_size": 4, "accumulation": 8},
                 "evaluation": {"batch_size": 4},
             }
