@@ -1,6 +1,7 @@
 """The folder of a run: opened once, refused when it belongs to another run, and read back to resume."""
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypedDict
@@ -106,6 +107,12 @@ class RunFolder:
                 f"{self.path} holds a run with other settings:\n  " + "\n  ".join(changes) + "\n"
                 "Resume it with its own config, or give a new --output"
             )
+
+    def discard_unbegun(self) -> None:
+        """Take back what `open` wrote, where nothing was trained yet: the same name can then be given again."""
+        files = {file.relative_to(self.path).as_posix() for file in self.path.rglob("*") if file.is_file()}
+        if files <= {CONFIG_FILE, "environment.json", "rows.json"}:
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def _refuse_occupied(self) -> None:
         if self.path.is_file():

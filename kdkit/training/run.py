@@ -93,8 +93,13 @@ def run_distillation(
     run = _Run(config, RunFolder(Path(output)), stop or StopRequest(), controls, callbacks)
     run.open(resume=resume)
     student: Path | None = None
-    for index, name in enumerate(config.stages):
-        student = run.stage(index, name, after=student)
+    try:
+        for index, name in enumerate(config.stages):
+            student = run.stage(index, name, after=student)
+    except UserError:  # the models cannot do what is asked of them
+        if not resume and run.processes.is_main_process:
+            run.folder.discard_unbegun()
+        raise
     assert student is not None
     return run.conclude(student)
 
