@@ -34,6 +34,8 @@ GIB = 2**30
 
 # bfloat16 units begin with Ampere; torch.cuda.is_bf16_supported() also counts emulation, which is very slow.
 BF16_CAPABILITY: Capability = (8, 0)
+# bitsandbytes documents LLM.int8 from here on; NF4 needs 6.0.
+INT8_CAPABILITY: Capability = (7, 5)
 # torch 2.7.1 for CUDA 12.6 has kernels from 5.0 on; from 2.8 on the builds on PyPI leave old cards out.
 OLD_CARD_CAPABILITIES: tuple[Capability, Capability] = ((5, 0), (7, 5))
 INSTALL_FOR_OLD_CARD = "pip install torch==2.7.1 --index-url https://download.pytorch.org/whl/cu126"

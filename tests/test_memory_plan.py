@@ -245,6 +245,12 @@ class TestPlanRun:
         assert all("teacher weights" in parts for parts in plan.beside.values())
         assert plan.beside_bytes > 0
 
+    def test_weights_that_a_card_cannot_compute_with_are_refused(self, pair_config):
+        config = load_config(pair_config, ["teacher.quantization=int8"])
+        assert plan_run(config, find_card("t4")).fits
+        with pytest.raises(UserError, match=r"int8 needs compute capability 7\.5, and the P100 16 GB has 6\.0"):
+            plan_run(config, find_card("p100"))
+
     def test_two_cards_take_one_model_each_by_themselves(self, pair_config):
         plan = plan_run(load_config(pair_config), find_card("t4x2")).worst
         assert set(plan.beside) == {"teacher", "evaluation"}

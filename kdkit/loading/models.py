@@ -23,14 +23,13 @@ from kdkit.errors import UserError
 from kdkit.loading.attention import spread_shared_keys
 from kdkit.loading.heads import check_causal
 from kdkit.loading.places import Place, locate, one_message
-from kdkit.runtime import GIB, preserved_rng_state
+from kdkit.runtime import GIB, INT8_CAPABILITY, preserved_rng_state
 
 logger = logging.getLogger(__name__)
 
 Quantization = Literal["nf4", "int8"]
 """Weights in 4 or in 8 bits."""
 
-INT8_CAPABILITY = (7, 5)  # bitsandbytes documents LLM.int8 from here on; NF4 needs 6.0
 _NUM_NAMES_SHOWN = 3
 
 

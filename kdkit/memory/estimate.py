@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from kdkit.config import DistillConfig
 from kdkit.config.objective import LAST_HIDDEN_TERMS
+from kdkit.errors import UserError
 from kdkit.memory.activations import (
     HALF,
     SINGLE,
@@ -18,7 +19,7 @@ from kdkit.memory.activations import (
 )
 from kdkit.memory.cards import Card
 from kdkit.memory.sizes import ModelSizes, lora_params
-from kdkit.runtime import GIB
+from kdkit.runtime import GIB, INT8_CAPABILITY
 
 OFFLOAD = "offload"
 """The teacher's device where its layers stay in the host's memory."""
@@ -122,7 +123,12 @@ def estimate_memory(
         precision: of the student's products; None: what the config says, for this card.
     Returns:
         `MemoryPlan`.
+    Raises:
+        UserError: the card cannot compute with the teacher's weights as they are asked for.
     """
+    if config.teacher.quantization == "int8" and card.capability < INT8_CAPABILITY:
+        asked, has = (".".join(map(str, capability)) for capability in (INT8_CAPABILITY, card.capability))
+        raise UserError(f"int8 needs compute capability {asked}, and the {card.name} has {has}: take nf4")
     return _Estimate(config, teacher, student, card, precision or _resolved(config.optim.precision, card)).plan()
 
 

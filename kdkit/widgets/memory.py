@@ -5,8 +5,6 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from kdkit.config import DistillConfig, load_config
-from kdkit.errors import UserError
-from kdkit.loading.models import INT8_CAPABILITY
 from kdkit.memory.cards import CARDS, Card
 from kdkit.memory.planning import Pair, RunPlan, plan_stages, stages_of
 from kdkit.memory.showing import plan_bars
@@ -87,14 +85,7 @@ def _numbers(usual: Iterable[int], own: int | None) -> list[tuple[str, Hashable]
 
 
 def _teacher_on(card: Card, weights: str) -> "dict[str, JsonValue]":
-    """How the teacher is held and where.
-
-    Raises:
-        UserError: the card cannot compute with weights of 8 bits.
-    """
-    if weights == "int8" and card.capability < INT8_CAPABILITY:
-        asked, has = (".".join(map(str, capability)) for capability in (INT8_CAPABILITY, card.capability))
-        raise UserError(f"int8 needs compute capability {asked}, and the {card.name} has {has}: take nf4")
+    """How the teacher is held and where."""
     return {
         "teacher.dtype": "auto" if weights in PACKED else weights,
         "teacher.quantization": weights if weights in PACKED else None,
