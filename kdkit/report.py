@@ -138,7 +138,7 @@ def write_run_report(folder: str | Path) -> Path:
         figures=[_comparison_illustration(comparison), *run.illustrations()],
         examples=run.examples[:NUM_EXAMPLES],
         settings={"config.yaml": run.config} if run.config else {},
-        environment=run.environment,
+        environment=run.facts,
         rows=run.rows,
     )
 
@@ -169,7 +169,7 @@ def write_comparison_report(output: str | Path, folders: Mapping[str, Path], com
         figures=figures,
         examples=_side_by_side(runs),
         settings={f"{name}: config.yaml": run.config for name, run in runs.items() if run.config},
-        environment=next(iter(runs.values())).environment,
+        environment=next(iter(runs.values())).facts,
         rows=[
             RowsUsed(f"{name}: {part.name}", part.sha256, part.num_read, part.num_kept, part.dropped)
             for name, run in runs.items()
@@ -399,6 +399,18 @@ class _Run:
             environment=json.loads(_text(folder / "environment.json") or "{}"),
             rows=[RowsUsed(name, **part) for name, part in rows.items()] or [RowsUsed("measured", evaluation["rows"])],
         )
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """Where it ran, and how full the device got."""
+        measured = [row for row in self.metrics if "memory/peak_gib" in row]
+        if not measured:
+            return dict(self.environment)
+        fullest = max(measured, key=lambda row: float(str(row["memory/peak_gib"])))
+        peak = f"{fullest['memory/peak_gib']:.2f} GiB, {fullest['memory/used_fraction']:.0%} of what there is"
+        if "memory/planned_gib" in fullest:
+            peak += f"; {fullest['memory/planned_gib']:.2f} GiB were planned"
+        return {**self.environment, "peak memory while training": peak}
 
     @property
     def num_steps(self) -> int:

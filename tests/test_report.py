@@ -194,6 +194,18 @@ class TestWriteRunReport:
         assert "seed: 10" in page.text
         assert "ab" * 32 in page.text
 
+    def test_says_how_full_the_device_got_beside_the_plan(self, tmp_path):
+        folder = make_run(tmp_path / "r")
+        peaks = [(8.0, 0.5), (9.25, 0.63), (9.0, 0.6)]
+        with (folder / "metrics.jsonl").open("a") as file:
+            for step, (peak, share) in enumerate(peaks):
+                memory = {"memory/peak_gib": peak, "memory/used_fraction": share, "memory/planned_gib": 9.0}
+                file.write(
+                    json.dumps({"kind": "train", "stage": "distill", "step": 20 + step, "loss": 1.0} | memory) + "\n"
+                )
+        page = Page(write_run_report(folder))
+        assert "peak memory while training 9.25 GiB, 63% of what there is; 9.00 GiB were planned" in page.text
+
     def test_what_was_changed_by_hand_has_a_figure_of_its_own(self, tmp_path):
         folder = make_run(tmp_path / "r")
         change = {"kind": "change", "stage": "distill", "step": 10, "objective.kd.temperature": 4.0}
