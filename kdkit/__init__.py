@@ -9,6 +9,7 @@ The map, in the order in which a run uses it:
     softdtw     soft dynamic time warping: values, gradients, expected alignments
     training    objective, model, trainer, checkpoints, and `run`, which strings stages together;
                 `rollout`, the student's own text; `sweep`, one config over values and seeds
+    memory      bytes by part before anything is loaded, counted or estimated; what fits; hours
     evaluation  ROUGE-L, exact match, perplexity, with confidence intervals
     plots       figures from plain rows;  report: one HTML page per run
     inspection  a finished run's models on one prompt, and a teacher's dtype, experts and tokenizer before one
