@@ -197,3 +197,14 @@ class TestPresetsReadme:
 
     def test_every_preset_is_listed(self):
         assert [name for name in list_presets() if f"`{name}`" not in self.text] == []
+
+
+class TestTeacherDevice:
+    @pytest.mark.parametrize("device", ["auto", "cpu", "offload", "cuda", "cuda:1"])
+    def test_what_there_can_be_is_taken(self, device):
+        assert load_config("demo", ["preset=[demo, fkl]", f"teacher.device={device}"]).teacher.device == device
+
+    @pytest.mark.parametrize("device", ["foo", "cuda:", "gpu", "cuda:x"])
+    def test_anything_else_is_refused_with_what_is_allowed(self, device):
+        with pytest.raises(UserError, match=r"teacher\.device: allowed: auto, cpu, offload, cuda"):
+            load_config("demo", ["preset=[demo, fkl]", f"teacher.device='{device}'"])

@@ -122,6 +122,11 @@ class TestReadSizes:
             ("{}", "says no model_type"),
             ('{"model_type": "llama", "vocab_size": 5}', "says nothing of 'hidden_size'"),
             ('{"model_type": "nonsense"}', "is not understood"),
+            (
+                '{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 0}',
+                "heads is 0; a whole",
+            ),
+            ('{"model_type": "llama", "hidden_size": "x", "num_attention_heads": 4}', "hidden_size is 'x'; a whole"),
         ],
     )
     def test_what_is_no_config_is_named(self, tmp_path, content, message):
@@ -180,7 +185,7 @@ class TestCards:
         with pytest.raises(UserError, match=r"did you mean .*rtx3090.*--budget-gib"):
             find_card("rtx3091")
 
-    @pytest.mark.parametrize("gib", [0, -1, float("nan")])
+    @pytest.mark.parametrize("gib", [0, -1, float("nan"), float("inf"), 1e300])
     def test_a_budget_is_above_0(self, gib):
         with pytest.raises(UserError, match="above 0"):
             card_of_budget(gib)
@@ -253,13 +258,14 @@ class TestPlanRun:
 
     def test_two_cards_take_one_model_each_by_themselves(self, pair_config):
         plan = plan_run(load_config(pair_config), find_card("t4x2")).worst
-        assert set(plan.beside) == {"teacher", "evaluation"}
+        assert set(plan.beside) == {"teacher", "evaluation", "teacher's answers"}
 
     def test_an_offloaded_teacher_is_a_layer_on_the_card(self, pair_config):
         whole, layer = (
             plan_run(load_config(pair_config, changes), find_card("t4")).worst.phases["teacher"]["teacher weights"]
             for changes in ([], ["teacher.device=offload"])
         )
+        assert layer < 0.4 * whole  # stacked experts leave the card too; embeddings and head stay
         assert whole - layer > 0.9 * 23 / 24 * 24 * 1024 * 3 * 1024 * 2  # products of 23 layers, stacked experts stay
 
     def test_lora_trains_and_keeps_states_of_its_layers_alone(self, pair_config):
@@ -279,6 +285,21 @@ class TestPlanRun:
         )
         assert "teacher" not in cached.phases
         assert cached.peak_bytes < live.peak_bytes - 1.9 * GIB
+
+    def test_the_students_own_text_is_written_for_all_prompts_of_a_step(self, pair_config):
+        rollout = {"mode": "on_policy", "max_new_tokens": 128, "collapse": None}
+        settings = pair_config | {"rollout": rollout, "data": {**pair_config["data"], "max_prompt_length": 128}}
+        caches = [
+            plan_run(load_config(settings, changes), find_card("t4")).worst.phases["rollout"]["KV cache"]
+            for changes in ([], ["rollout.batch_size=8"], ["rollout.num_beams=2"])
+        ]
+        per_row = 2 * 30 * 192 * 256 * 2  # keys and values, layers, width, tokens, half precision
+        assert caches == [32 * per_row, 8 * per_row, 64 * per_row]
+
+    @pytest.mark.parametrize("device", ["cuda:1", "cuda:7"])
+    def test_a_card_that_is_not_there_is_refused(self, pair_config, device):
+        with pytest.raises(UserError, match=r"T4 is 1 card\(s\)"):
+            plan_run(load_config(pair_config, [f"teacher.device={device}"]), find_card("t4"))
 
     def test_sft_holds_no_teacher(self, pair_config):
         settings = pair_config | {"preset": "sft"}
@@ -374,8 +395,27 @@ class TestFitRun:
         assert "kdkit cache" in word
         assert not any("kdkit cache" in word for word in fit_run(load_config(pair_config), small).given_up)
 
+    def test_a_stage_that_splits_its_rows_itself_keeps_its_rows_a_step(self, pair_config):
+        own = {"optim": {"batch_size": 2}}
+        settings = pair_config | {"stages": {"warm": {}, "distill": own}}
+        fit = fit_run(load_config(settings), card_of_budget(12))
+        assert not {"optim.batch_size", "optim.accumulation"} & set(fit.changes)
+
+    def test_fewer_prompts_are_answered_together_before_anything_is_given_up(self, pair_config):
+        rollout = {"mode": "on_policy", "max_new_tokens": 256, "num_beams": 8, "collapse": None}
+        settings = pair_config | {"rollout": rollout}
+        fit = fit_run(load_config(settings), find_card("t4"))
+        assert fit.given_up == ()
+        assert fit.changes["rollout.batch_size"] < 32
+
+    def test_the_smallest_budget_that_is_told_does_fit(self, pair_config):
+        config = load_config(pair_config)
+        with pytest.raises(UserError, match="would fit is") as told:
+            fit_run(config, card_of_budget(2))
+        fit_run(config, card_of_budget(float(str(told.value).partition("would fit is ")[2].partition(" GiB")[0])))
+
     def test_what_a_stage_says_of_a_field_gives_way(self, pair_config):
-        settings = pair_config | {"stages": {"distill": {"optim": {"batch_size": 64}}}}
+        settings = pair_config | {"stages": {"distill": {"objective": {"chunk_tokens": 32}}}}
         fit = fit_run(load_config(settings), card_of_budget(8))
         assert fit.plan.worst.used_fraction <= FULL_FRACTION
         again = load_config(settings, [f"{field}={json.dumps(value)}" for field, value in fit.changes.items()])
@@ -406,6 +446,12 @@ class TestHours:
             measured_speed(tmp_path)
         (tmp_path / "metrics.jsonl").write_text("")
         with pytest.raises(UserError, match="two of one stage"):
+            measured_speed(tmp_path)
+
+    @pytest.mark.parametrize("content", ["{", '{"kind": "train", "step": 1}\n{"kind": "train", "step": 2}', "[1]"])
+    def test_a_log_that_is_none_is_named(self, tmp_path, content):
+        (tmp_path / "metrics.jsonl").write_text(content)
+        with pytest.raises(UserError, match="is no log of a run"):
             measured_speed(tmp_path)
 
 

@@ -1,9 +1,10 @@
 """The fields of a run: unit, range, default, and where the default comes from."""
 
+import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from kdkit.config.objective import LAST_HIDDEN_TERMS, UNIT_TERMS, ObjectiveConfig
 from kdkit.config.part import Count, Limit, Part
@@ -35,6 +36,13 @@ class TeacherConfig(Part):
     cache: str | None = None
     """Folder that `kdkit cache` wrote: stages read there what the teacher says, and load no teacher."""
 
+    @field_validator("device")
+    @classmethod
+    def _device_exists(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|offload|cuda(:\d+)?", device):
+            raise ValueError("allowed: auto, cpu, offload, cuda, or a card by its number such as cuda:1")
+        return device
+
     @model_validator(mode="after")
     def _offload_is_of_plain_weights(self) -> "TeacherConfig":
         if self.device == "offload" and self.quantization is not None:
@@ -56,7 +64,7 @@ class LoraConfig(Part):
     """What is learnt counts alpha / rank times: 2, as "LoRA Learns Less and Forgets Less" has it (arXiv:2405.09673)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Of the layers' input while training; 0 as in peft."""
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Layers by the end of their name, such as [q_proj, v_proj]; all-linear: all but the head (QLoRA)."""
     base_dtype: DtypeName = "auto"
     """Frozen weights in memory; auto: float32 on CPU, bfloat16 where the card has it in hardware, else float16."""

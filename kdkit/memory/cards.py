@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from kdkit.errors import UserError
 from kdkit.runtime import BF16_CAPABILITY, GIB, Capability
 
+_TENSOR_CORES = (7, 0)
+
 
 @dataclass(frozen=True)
 class Card:
@@ -33,6 +35,11 @@ class Card:
     def has_flash_attention(self) -> bool:
         """Whether a kernel exists that reads grouped keys and values as they are; half precision alone."""
         return self.capability >= (8, 0)
+
+    @property
+    def single_tflops(self) -> float:
+        """The same in float32, roughly: half of it before tensor cores, an eighth with them."""
+        return self.half_tflops / (2 if self.capability < _TENSOR_CORES else 8)
 
     @property
     def precision(self) -> str:
@@ -63,6 +70,9 @@ CARDS = {
 """By the name that `--gpu` takes."""
 
 
+_MOST_GIB = 100_000.0
+
+
 def find_card(name: str) -> Card:
     """The card of a name, upper or lower case.
 
@@ -84,10 +94,10 @@ def card_of_budget(gib: float) -> Card:
     Raises:
         UserError: the budget is not above 0.
     """
-    if not gib > 0:
-        raise UserError(f"a budget of {gib:g} GiB: give a number above 0")
+    if not 0 < gib <= _MOST_GIB:
+        raise UserError(f"a budget of {gib:g} GiB: give a number above 0, up to {_MOST_GIB:g}")
     like = CARDS["t4"]
-    return replace(like, name=f"{gib:g} GiB", memory_gib=gib)
+    return replace(like, name="given budget", memory_gib=gib)
 
 
 def card_here() -> Card | None:

@@ -1,5 +1,6 @@
 """`kdkit plan`: from its options to what it prints and writes."""
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -10,7 +11,7 @@ import yaml
 from kdkit.config import DistillConfig
 from kdkit.errors import UserError
 from kdkit.memory.cards import CARDS, Card, card_here, card_of_budget, find_card
-from kdkit.memory.fit import Fit, as_settings, fit_run
+from kdkit.memory.fit import Fit, fit_run
 from kdkit.memory.planning import Pair, RunPlan, are_other_tokenizers, plan_run, stages_of
 from kdkit.memory.showing import plan_bars, plan_json, plan_lines, plan_table
 from kdkit.memory.sizes import find_config
@@ -86,15 +87,16 @@ class PlanAnswer:
             return []
         if not self.fit.changes:
             return ["nothing to change: the settings fit, and none that train the same are faster"]
-        worst = self.fit.plan.worst
-        step = next(iter(self.fit.plan.speeds.values())).step_seconds
-        lines = [
-            f"proposal: --set {as_settings(self.fit.changes).replace(' ', ' --set ')}",
-            f"  {worst.peak_bytes / GIB:.1f} of {worst.card.memory_gib:.1f} GiB, {step:.2f} s an optimizer step",
-        ]
+        settings = " ".join(f"--set {name}={_as_yaml(value)}" for name, value in self.fit.changes.items())
+        lines = [f"proposal: {settings}", *(f"  {line}" for line in plan_lines(self.fit.plan))]
         if self.fit.given_up:
             lines.append(f"  for that: {'; '.join(self.fit.given_up)}")
         return lines
+
+
+def _as_yaml(value: object) -> str:
+    """A value as `--set` reads it."""
+    return json.dumps(value) if isinstance(value, bool | None) else str(value)
 
 
 def answer_plan(config: DistillConfig, request: PlanRequest) -> PlanAnswer:
@@ -138,7 +140,7 @@ def _count(config: DistillConfig, plan: RunPlan) -> dict[str, object]:
     crosses = are_other_tokenizers(*widths)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of models without values
-        counted = count_step(stage, **shapes, precision=worst.precision, crosses=crosses)
+        counted = count_step(stage, **shapes, precision=worst.card.precision, crosses=crosses)
     peak, planned = counted.peak_bytes, worst.tensor_bytes
     line = (
         f"counted: tensors of at most {peak / GIB:.2f} GiB, in phase {counted.phase}; planned {planned / GIB:.2f} "

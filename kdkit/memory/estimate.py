@@ -19,6 +19,7 @@ from kdkit.memory.activations import (
 )
 from kdkit.memory.cards import Card
 from kdkit.memory.sizes import ModelSizes, lora_params
+from kdkit.plots.memory import FULL_FRACTION
 from kdkit.runtime import GIB, INT8_CAPABILITY
 
 OFFLOAD = "offload"
@@ -100,8 +101,8 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether no card runs out."""
-        return self.used_fraction <= 1
+        """Whether no card is fuller than an estimate can promise."""
+        return self.used_fraction <= FULL_FRACTION
 
 
 CONTEXT, SLACK = "CUDA context", "allocator slack"
@@ -129,6 +130,9 @@ def estimate_memory(
     if config.teacher.quantization == "int8" and card.capability < INT8_CAPABILITY:
         asked, has = (".".join(map(str, capability)) for capability in (INT8_CAPABILITY, card.capability))
         raise UserError(f"int8 needs compute capability {asked}, and the {card.name} has {has}: take nf4")
+    kind, _, index = config.teacher.device.partition(":")
+    if kind == "cuda" and int(index or 0) >= card.num_cards:
+        raise UserError(f"teacher.device is cuda:{index}, and {card.name} is {card.num_cards} card(s): take auto")
     return _Estimate(config, teacher, student, card, precision or _resolved(config.optim.precision, card)).plan()
 
 
@@ -166,11 +170,10 @@ class _Estimate:
         phases["optimizer"] = held | {"gradients": self._gradient_bytes}
         phases["evaluation"] = held | self._evaluation()
         if self.config.rollout.is_on:
-            phases["rollout"] = held | self._generation(
-                rows=self.config.optim.batch_size,
-                length=self.config.data.max_prompt_length + self.config.rollout.max_new_tokens,
-                number=self._number,
-            )
+            phases["rollout"] = held | self._half_copies() | self._writing()
+        if self._is_teacher_measured:
+            target = beside if self._is_beside else phases
+            target["teacher's answers"] = self._teacher_weights() | self._answering(self.teacher)
         return MemoryPlan(
             self.card,
             self.precision,
@@ -268,7 +271,8 @@ class _Estimate:
         packed = sizes.product_params - sizes.stacked_params
         size = {None: float(number), "nf4": NF4_BYTES, "int8": 1.0}[self.config.teacher.quantization]
         if self.config.teacher.device == OFFLOAD:  # a layer at a time, and what is around the layers
-            return {WEIGHTS_OF_TEACHER: number * (sizes.num_params - packed + packed // sizes.num_layers)}
+            moved = sizes.product_params
+            return {WEIGHTS_OF_TEACHER: number * (sizes.num_params - moved + moved // sizes.num_layers)}
         return {WEIGHTS_OF_TEACHER: round(packed * size) + (sizes.num_params - packed) * number}
 
     def _accumulated(self, *, on_student: bool = True) -> Parts:
@@ -427,6 +431,27 @@ class _Estimate:
         if self._needs_teacher and not self._is_beside:
             parts["teacher's signal"] = 2 * self._signal_bytes(rows)  # the batch before's is there for a while
         return parts
+
+    @property
+    def _is_teacher_measured(self) -> bool:
+        """Whether the teacher answers rows when the run is over and the student is gone."""
+        return self.config.evaluation.teacher and self.config.objective.needs_teacher
+
+    def _writing(self) -> Parts:
+        """The student's own text to the prompts of a step, all of them together unless the config says how many."""
+        rollout, optim = self.config.rollout, self.config.optim
+        rows = rollout.batch_size or optim.batch_size * optim.accumulation
+        length = self.config.data.max_prompt_length + rollout.max_new_tokens
+        return self._generation(rows=rows * rollout.num_beams, length=length, number=self._number)
+
+    def _answering(self, sizes: ModelSizes) -> Parts:
+        """The teacher's answers, in its own precision."""
+        evaluation, data = self.config.evaluation, self.config.data
+        rows, number = evaluation.batch_size * evaluation.num_beams, self._teacher_number
+        prompt, length = data.max_prompt_length, data.max_prompt_length + evaluation.max_new_tokens
+        seeing = passing_bytes(sizes, num_rows=rows, length=prompt, number=number, attention="sdpa")
+        cache = kv_cache_bytes(sizes, num_rows=rows, length=length, number=number)
+        return {"KV cache": cache, "generation": seeing + 3 * rows * sizes.vocab_size * SINGLE}
 
     def _generation(self, *, rows: int, length: int, number: int) -> Parts:
         prompt = min(length, self.config.data.max_prompt_length)

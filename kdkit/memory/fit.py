@@ -7,6 +7,7 @@ little; shorter rows come last.
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -20,13 +21,14 @@ from kdkit.errors import UserError
 from kdkit.memory.cards import Card
 from kdkit.memory.estimate import OFFLOAD
 from kdkit.memory.planning import Pair, RunPlan, are_other_tokenizers, plan_stages, stages_of
+from kdkit.plots.memory import FULL_FRACTION
 
 Changes = Mapping[str, JsonValue]
 """Field as `--set` names it -> value."""
 
-FULL_FRACTION = 0.92
-"""A card is called full above this share: the estimate may be off by what is left."""
 CHUNKS = (1024, 512, 256, 128, 64)
+ANSWERED_IN = {"evaluation.batch_size": {"evaluation", "teacher's answers"}, "rollout.batch_size": {"rollout"}}
+"""Field -> the phases whose rows it says."""
 SHORTER = (1.0, 0.75, 0.5, 0.375, 0.25)
 
 
@@ -62,7 +64,7 @@ def fit_run(config: DistillConfig, card: Card, *, pair: Pair | None = None) -> F
     for given_up, sacrifice in _sacrifices(config, pair):
         fitting = []
         for neutral in _neutral(config):
-            changes, plan = _with_room_to_evaluate(stages, {**neutral, **sacrifice}, card=card, pair=pair)
+            changes, plan = _with_room_to_answer(stages, {**neutral, **sacrifice}, card=card, pair=pair)
             changes = _different(config, changes)
             if plan.worst.used_fraction <= FULL_FRACTION:
                 fitting.append((_step_seconds(plan), len(changes), changes, plan))
@@ -75,9 +77,9 @@ def fit_run(config: DistillConfig, card: Card, *, pair: Pair | None = None) -> F
             return Fit(changes, plan, given_up)
     assert tightest is not None
     fraction, changes = tightest
-    least = fraction / FULL_FRACTION * card.memory_gib
+    least = math.ceil(10 * fraction / FULL_FRACTION * card.memory_gib) / 10
     raise UserError(
-        f"nothing fits {card.name} ({card.memory_gib:g} GiB): the smallest budget that something would fit is "
+        f"nothing fits {card.memory_gib:g} GiB ({card.name}): the smallest budget that something would fit is "
         f"{least:.1f} GiB, with {as_settings(changes)}; take a smaller teacher or student, or a larger card"
     )
 
@@ -143,31 +145,43 @@ def _shorter(config: DistillConfig, share: float) -> Changes:
 
 def _neutral(config: DistillConfig) -> Iterator[Changes]:
     """Settings under which a step trains on the same rows to the same end."""
-    rows = config.optim.batch_size * config.optim.accumulation
-    batches = [size for size in range(1, rows + 1) if rows % size == 0]
     chunks = sorted({config.objective.chunk_tokens, *CHUNKS})
     recomputes = sorted({config.student.gradient_checkpointing, True})
-    for batch, chunk, recompute in itertools.product(batches, chunks, recomputes):
-        yield {
-            "optim.batch_size": batch,
-            "optim.accumulation": rows // batch,
-            "objective.chunk_tokens": chunk,
-            "student.gradient_checkpointing": recompute,
-        }
+    for batch, chunk, recompute in itertools.product(_batches(config), chunks, recomputes):
+        yield batch | {"objective.chunk_tokens": chunk, "student.gradient_checkpointing": recompute}
 
 
-def _with_room_to_evaluate(
+def _batches(config: DistillConfig) -> list[dict[str, JsonValue]]:
+    """The ways to split a step's rows; none where stages say themselves how theirs are split."""
+    fields = ("optim.batch_size", "optim.accumulation")
+    if any(_stages_that_set(config, field) for field in fields):
+        return [{}]
+    rows = config.optim.batch_size * config.optim.accumulation
+    return [dict(zip(fields, (size, rows // size), strict=True)) for size in range(1, rows + 1) if rows % size == 0]
+
+
+def _with_room_to_answer(
     stages: Mapping[str, DistillConfig], changes: Changes, *, card: Card, pair: Pair
 ) -> tuple[Changes, RunPlan]:
-    """The plan with as many rows in an evaluation batch, up to those of the config, as fit."""
-    rows = max(stage.evaluation.batch_size for stage in stages.values())
+    """The plan with as many rows answered together, up to those of the config, as fit."""
+    rows = {"evaluation.batch_size": max(stage.evaluation.batch_size for stage in stages.values())}
+    if any(stage.rollout.is_on for stage in stages.values()):
+        rows["rollout.batch_size"] = max(_rows_written(stage) for stage in stages.values())
     while True:
-        tried = {**changes, "evaluation.batch_size": rows}
+        tried = {**changes, **rows}
         plan = plan_stages({name: _changed(stage, tried) for name, stage in stages.items()}, card, pair=pair)
-        is_too_much = plan.worst.used_fraction > FULL_FRACTION and "evaluation" in plan.worst.fullest
-        if not is_too_much or rows == 1:
+        if plan.worst.used_fraction <= FULL_FRACTION:
             return tried, plan
-        rows = (rows + 1) // 2
+        too_many = [field for field, phases in ANSWERED_IN.items() if phases & {*plan.worst.fullest}]
+        smaller = {field: (rows[field] + 1) // 2 for field in too_many if rows.get(field, 1) > 1}
+        if not smaller:
+            return tried, plan
+        rows |= smaller
+
+
+def _rows_written(config: DistillConfig) -> int:
+    """Prompts that the student answers together while it trains."""
+    return config.rollout.batch_size or config.optim.batch_size * config.optim.accumulation
 
 
 def _changed(config: DistillConfig, changes: Changes) -> DistillConfig:
@@ -186,7 +200,12 @@ def _different(config: DistillConfig, changes: Changes) -> Changes:
         part, _, name = field.partition(".")
         return getattr(getattr(config, part), name)
 
-    return {name: value for name, value in changes.items() if given(name) != value or _stages_that_set(config, name)}
+    own = {"rollout.batch_size": _rows_written(config)}  # what None stands for
+    return {
+        name: value
+        for name, value in changes.items()
+        if value not in (given(name), own.get(name)) or _stages_that_set(config, name)
+    }
 
 
 def _overruled(config: DistillConfig, changes: Changes) -> Changes:

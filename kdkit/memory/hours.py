@@ -47,7 +47,8 @@ def looked_up_speed(config: DistillConfig, *, teacher: ModelSizes, student: Mode
     """
     optim, length = config.optim, config.data.max_length
     num_tokens = optim.batch_size * length
-    rate = EFFICIENCY * 1e12 * card.half_tflops * num_tokens / (num_tokens + HALF_FULL_TOKENS)
+    stated = card.single_tflops if optim.precision == "float32" else card.half_tflops
+    rate = EFFICIENCY * 1e12 * stated * num_tokens / (num_tokens + HALF_FULL_TOKENS)
     passes = 4 if config.student.gradient_checkpointing else 3  # of 2 operations a parameter
     work = 2 * passes * _operations(student, length)
     layers = student.num_layers * (passes / 3)
@@ -60,7 +61,7 @@ def looked_up_speed(config: DistillConfig, *, teacher: ModelSizes, student: Mode
         micro += HALF * teacher.num_params / (1e9 * HOST_BANDWIDTH)
     step = optim.accumulation * micro + 20 * student.num_params / (1e9 * card.bandwidth)
     step += _writing_seconds(config, student, card)
-    return Speed(step, f"looked up: {EFFICIENCY:.0%} of the {card.half_tflops:g} TFLOP/s that its maker states")
+    return Speed(step, f"looked up: {EFFICIENCY:.0%} of {stated:g} TFLOP/s, what its maker states")
 
 
 def measured_speed(run: Path) -> Speed:
@@ -74,12 +75,18 @@ def measured_speed(run: Path) -> Speed:
     file = run / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"{run} has no metrics.jsonl: give the folder of a run")
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    train = [row for row in rows if row.get("kind") == "train"]
-    intervals = []
-    for before, row in itertools.pairwise(train):
-        if row["stage"] == before["stage"] and row["step"] > before["step"]:
-            intervals.append(row["seconds"] / (row["step"] - before["step"]))
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        train = [row for row in rows if row.get("kind") == "train"]
+        intervals = [
+            row["seconds"] / (row["step"] - before["step"])
+            for before, row in itertools.pairwise(train)
+            if row["stage"] == before["stage"] and row["step"] > before["step"]
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file} is no log of a run ({type(error).__name__}: {error}): give the folder of one"
+        ) from error
     if not intervals:
         raise UserError(f"{file} has {len(train)} rows of training: two of one stage are needed to tell its speed")
     return Speed(median(intervals), f"measured: median of {len(intervals)} intervals of {run}")

@@ -48,7 +48,7 @@ def plan_table(plan: MemoryPlan) -> "Table":
 def plan_lines(plan: RunPlan) -> list[str]:
     """The verdict, the hours and what is to be known, in sentences."""
     worst, card = plan.worst, plan.worst.card
-    verdict = "fits" if worst.used_fraction <= 0.9 else "fits narrowly" if worst.fits else "does not fit"
+    verdict = "fits" if worst.fits else "too tight to promise" if worst.used_fraction <= 1 else "does not fit"
     lines = [
         f"{verdict}: {worst.peak_bytes / GIB:.1f} of {card.memory_gib:.1f} GiB on the {card.name} "
         f"({worst.peak_bytes / card.memory_bytes:.0%}), in phase {worst.peak_phase}"
@@ -65,14 +65,15 @@ def _hours(plan: RunPlan) -> list[str]:
     speeds = list(plan.speeds.values())
     if plan.seconds is None:
         return [
-            f"{speeds[0].step_seconds:.2f} s an optimizer step ({speeds[0].source}); steps unknown: set optim.max_steps"
+            f"{speeds[0].step_seconds:.2g} s an optimizer step ({speeds[0].source}); steps unknown: set optim.max_steps"
         ]
     hours = plan.seconds / 3600
+    taken = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
     each = ", ".join(
-        f"{steps} steps of {speed.step_seconds:.2f} s" for steps, speed in zip(plan.steps.values(), speeds, strict=True)
+        f"{steps} steps of {speed.step_seconds:.2g} s" for steps, speed in zip(plan.steps.values(), speeds, strict=True)
     )
     return [
-        f"training: {hours:.1f} h, {hours / WEEK_HOURS:.0%} of a week's {WEEK_HOURS:g} h on Kaggle: {each} "
+        f"training: {taken}, {hours / WEEK_HOURS:.0%} of a week's {WEEK_HOURS:g} h on Kaggle: {each} "
         f"({speeds[0].source}; evaluations not counted)"
     ]
 

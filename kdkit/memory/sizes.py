@@ -171,7 +171,7 @@ def read_sizes(path: str, *, revision: str | None = None, trust_remote_code: boo
     except KeyError as error:
         raise UserError(
             f"{file} ({config['model_type']}) says nothing of {error}, which the plan needs; plans are for text-only "
-            f"decoders such as {', '.join(FAMILIES)}: try --exact, which builds the model itself"
+            f"decoders such as {', '.join(FAMILIES)}"
         ) from error
 
 
@@ -240,13 +240,15 @@ def _read_unknown(file: Path, *, trust_remote_code: bool) -> ModelSizes:
 
 def _int(config: Json, *names: str, default: int | None = None) -> int:
     """The first of these keys that is there and not null."""
-    for name in names:
-        value = config.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return int(value)
-    if default is None:
+    name = next((name for name in names if config.get(name) is not None), None)
+    if name is None and default is None:
         raise KeyError(names[0])
-    return default
+    value = default if name is None else config[name]
+    if not isinstance(value, int) or isinstance(value, bool) or value < (1 if default is None else 0):
+        raise UserError(
+            f"config.json of a {config['model_type']}: {name} is {value!r}; a whole number above 0 is needed"
+        )
+    return value
 
 
 def _llama(

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from kdkit.errors import UserError
 from kdkit.plots.axes import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, RED, SKY, wrapped
 
+GIB = 2**30
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-GIB = 2**30
-TIGHT_FRACTION = 0.9
+FULL_FRACTION = 0.92
 """Share of a card above which an estimate is no promise."""
 GROUPS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "teacher weights": (BLUE, "", ("teacher weights",)),
@@ -77,7 +77,7 @@ def memory_finding(cards: Sequence[CardBars]) -> str:
     phase, peak = _peak(card)
     largest = max(GROUPS, key=lambda name: _of_group(name, card.phases[phase]))
     share = peak / card.budget_bytes
-    verdict = "Does not fit" if share > 1 else "Fits narrowly" if share > TIGHT_FRACTION else "Fits"
+    verdict = "Does not fit" if share > 1 else "Too tight to promise" if share > FULL_FRACTION else "Fits"
     room = f"{peak / GIB:.1f} of {card.budget_bytes / GIB:.1f} GiB on the {card.title}"
     most = f"{largest}, {_of_group(largest, card.phases[phase]) / GIB:.1f} GiB"
     return f"{verdict}: {room}, in phase {phase}; most of it {most}"
@@ -98,7 +98,7 @@ def _draw_card(axes: "Axes", card: CardBars) -> None:
         total.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})  # the budget may pass behind it
     budget = card.budget_bytes / GIB
     axes.axvline(budget, color=INK, linewidth=1.5)
-    axes.axvline(TIGHT_FRACTION * budget, color=INK, linewidth=1, linestyle=":")
+    axes.axvline(FULL_FRACTION * budget, color=INK, linewidth=1, linestyle=":")
     axes.annotate(
         f"{budget:.1f} ", (budget, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize="small"
     )

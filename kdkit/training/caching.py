@@ -139,7 +139,7 @@ class _Writing:
                 )
             self.manifest = held
         self._check_room()
-        if ROWS in self.manifest.files:
+        if ROWS in self.manifest.files and all(map(self._is_whole, self._beside_shards())):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         files = {ROWS: write_whole(self.folder / ROWS, self.index.content())}
@@ -189,8 +189,17 @@ class _Writing:
 
     def _is_written(self, number: int) -> bool:
         """Whether a shard is there in full; one that was cut short or deleted since is made again."""
-        facts, path = self.manifest.files.get(shard_name(number)), self.folder / shard_name(number)
-        return facts is not None and path.is_file() and path.stat().st_size == facts.size_bytes
+        return shard_name(number) in self.manifest.files and self._is_whole(shard_name(number))
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether a file of the manifest has its size."""
+        path = self.folder / name
+        return path.is_file() and path.stat().st_size == self.manifest.files[name].size_bytes
+
+    def _beside_shards(self) -> list[str]:
+        """The index of the rows and the tokenizer's files."""
+        shards = {shard_name(number) for number in range(self.manifest.num_shards)}
+        return [name for name in self.manifest.files if name not in shards]
 
     def _manifest_bytes(self) -> int:
         return (self.folder / MANIFEST).stat().st_size

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -114,7 +114,12 @@ def _share(peak: int, total: int) -> float:
 
 
 def watch_memory(
-    config: DistillConfig, *, student: PreTrainedModel, teacher: PreTrainedModel | None, precision: str
+    config: DistillConfig,
+    *,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    precision: str,
+    teacher_width: int | None = None,
 ) -> MemoryWatch:
     """A watch over the devices of a stage.
 
@@ -123,6 +128,7 @@ def watch_memory(
         student: on its device.
         teacher: on its own; None where no model of it is there.
         precision: of the student's products.
+        teacher_width: of the teacher's states, where no model of it is there.
     """
     devices = [student.device]
     if teacher is not None and teacher.device.type == "cuda" and teacher.device != student.device:
@@ -130,15 +136,38 @@ def watch_memory(
     if student.device.type != "cuda":
         return MemoryWatch([HostMeter(machine_memory_bytes())])
     meters: list[Meter] = [CudaMeter(device) for device in devices]
-    return MemoryWatch(meters, _plan(config, student, teacher, card=_card_of(student.device), precision=precision))
+    plan = _plan(
+        _placed(config, devices),
+        student,
+        teacher,
+        card=_card_of(student.device, len(devices)),
+        precision=precision,
+        teacher_width=teacher_width,
+    )
+    return MemoryWatch(meters, plan)
+
+
+def _placed(config: DistillConfig, devices: Sequence[torch.device]) -> DistillConfig:
+    """The config with the teacher where it is; an offloaded one stays that."""
+    if config.teacher.device == "offload":
+        return config
+    device = "cuda:1" if len(devices) > 1 else "cuda:0"
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"device": device})})
 
 
 def _plan(
-    config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel | None, *, card: Card, precision: str
+    config: DistillConfig,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    *,
+    card: Card,
+    precision: str,
+    teacher_width: int | None = None,
 ) -> MemoryPlan | None:
     """What is planned for these very models; None where their configs are of no known kind."""
-    ours = sizes_of(student.config.get_text_config().to_dict(), num_params=student.num_parameters())
-    theirs = ours
+    num_params = sum(weight.numel() for name, weight in student.named_parameters() if ".lora_" not in name)
+    ours = sizes_of(student.config.get_text_config().to_dict(), num_params=num_params)
+    theirs = None if ours is None else replace(ours, hidden=teacher_width or ours.hidden)  # a cached one is a width
     if teacher is not None:
         theirs = sizes_of(teacher.config.get_text_config().to_dict(), num_params=teacher.num_parameters())
     if ours is None or theirs is None:
@@ -146,8 +175,10 @@ def _plan(
     return estimate_memory(config, teacher=theirs, student=ours, card=card, precision=precision)
 
 
-def _card_of(device: torch.device) -> Card:
+def _card_of(device: torch.device, num_cards: int) -> Card:
     """The card at hand; its speed is of no interest here."""
     properties = torch.cuda.get_device_properties(device)
     capability = (properties.major, properties.minor)
-    return Card(properties.name, properties.total_memory / GIB, capability, half_tflops=1.0, bandwidth=1.0)
+    return Card(
+        properties.name, properties.total_memory / GIB, capability, half_tflops=1.0, bandwidth=1.0, num_cards=num_cards
+    )

@@ -27,6 +27,7 @@ from kdkit.loading import (
     check_finite_logits,
     check_head,
     check_tokenizer_fits,
+    files_of,
     head_width,
     load_model,
     load_teacher,
@@ -96,7 +97,7 @@ def run_distillation(
     try:
         for index, name in enumerate(config.stages):
             student = run.stage(index, name, after=student)
-    except UserError:  # the models cannot do what is asked of them
+    except (UserError, ValueError, RuntimeError):  # the models or the machine cannot do what is asked of them
         if not resume and run.processes.is_main_process:
             run.folder.discard_unbegun()
         raise
@@ -258,6 +259,7 @@ class _Run:
         """The teacher on its device; with dtype auto in float32 where it overflows on its first rows in float16."""
         settings, own = self.config.teacher, self._device()
         device = teacher_device(settings, self.machine, student=own, num_processes=self.processes.num_processes)
+        self._check_card(device)
         card = self.machine.card(device)
         if card is not None and card != self.machine.card(own):
             say(f"teacher on {device} with {card.free_memory_bytes / GIB:.1f} GiB free, student on {own}")
@@ -275,6 +277,16 @@ class _Run:
             model = load_teacher(settings.model_copy(update={"dtype": "float32"}), self.machine, device=device)
             check_finite_logits(model, first)
         return model
+
+    def _check_card(self, device: str) -> None:
+        """Refuse a card that this machine has not."""
+        kind, _, index = device.partition(":")
+        num_cards = self.machine.num_devices if self.machine.device == "cuda" else 0
+        if kind == "cuda" and int(index or 0) >= num_cards:
+            raise UserError(
+                f"teacher.device is {self.config.teacher.device}, and this machine has {num_cards} cards that can be "
+                "used: give another one, auto, or cpu"
+            )
 
     def _across(self, config: KdConfig, student: PreTrainedModel, teacher_tokenizer: PreTrainedTokenizerBase) -> Across:
         """How the ids of the two models relate, as far as kd compares them."""
@@ -339,7 +351,7 @@ class _Run:
             measured[name] = self._measure(model, rows)
             del model
             _free_memory()
-        if self.config.evaluation.teacher:
+        if self.config.evaluation.teacher and self._has_teacher_at_hand():
             say(f"measuring teacher on {len(rows)} rows")
             theirs = self.rows.read("test", self.config, as_teacher=True)
             measured["teacher"] = self._measure(self._load_teacher().model, theirs, self.teacher_tokenizer)
@@ -353,6 +365,14 @@ class _Run:
         checkpoint.write_text(self.folder.model / "README.md", card)
         document = {"rows": rows.sha256, "models": models, "predictions": predictions}
         checkpoint.write_text(self.folder.evaluation, json.dumps(document, indent=1, ensure_ascii=False))
+
+    def _has_teacher_at_hand(self) -> bool:
+        """Whether the teacher can be measured: a run from a cache does without its files, and says so."""
+        settings = self.config.teacher
+        if self.cache is None or files_of(settings.path, revision=settings.revision) is not None:
+            return True
+        say(f"the teacher is not measured: {settings.path} is not on this machine, and the run took it from a cache")
+        return False
 
     def _finalists(self) -> list[tuple[str, str | Path, str | None]]:
         """Students to measure, with their revision: the finished one, and its start unless that was random."""

@@ -270,6 +270,7 @@ def _build_trainer(
             student=inputs.student,
             teacher=inputs.teacher.model if isinstance(inputs.teacher, LiveTeacher) else None,
             precision=inputs.precision,
+            teacher_width=None if inputs.teacher is None else inputs.teacher.shape.hidden_size,
         ),
         on_nonfinite=config.objective.on_nonfinite,
         keep=config.checkpoint.keep,

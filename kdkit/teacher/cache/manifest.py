@@ -130,9 +130,14 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(file.read_bytes())
     except ValidationError as error:
-        raise UserError(f"{file} is damaged or of another version of kdkit: make the cache again") from error
+        raise UserError(
+            f"{file} is damaged or of another version of kdkit: delete the folder and make the cache again"
+        ) from error
     if manifest.version != VERSION:
-        raise UserError(f"{file} is of format {manifest.version}, and this kdkit reads {VERSION}: make the cache again")
+        raise UserError(
+            f"{file} is of format {manifest.version}, and this kdkit reads {VERSION}: delete the folder and make the "
+            "cache again"
+        )
     return manifest
 
 
