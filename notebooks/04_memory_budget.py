@@ -147,7 +147,7 @@ print(f"the plan's peak is {seeds.used_fraction:.0%} of the card; with whole log
 # ## The run of the settings above, on one card
 #
 # A bar for each phase of a step: the teacher's pass, the student's, the terms over hidden states, the
-# way back, the optimizer's step, an evaluation. The solid line is the card, the dotted one nine tenths
+# way back, the optimizer's step, an evaluation. The solid line is the card, the dotted one 92 %
 # of it, above which an estimate is no promise. What stays over all phases stands on the left.
 
 # %%

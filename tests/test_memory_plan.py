@@ -402,7 +402,7 @@ class TestFitRun:
         assert not {"optim.batch_size", "optim.accumulation"} & set(fit.changes)
 
     def test_fewer_prompts_are_answered_together_before_anything_is_given_up(self, pair_config):
-        rollout = {"mode": "on_policy", "max_new_tokens": 256, "num_beams": 8, "collapse": None}
+        rollout = {"mode": "on_policy", "max_new_tokens": 256, "num_beams": 32, "collapse": None}
         settings = pair_config | {"rollout": rollout}
         fit = fit_run(load_config(settings), find_card("t4"))
         assert fit.given_up == ()
