@@ -30,7 +30,11 @@ def cli(debug: bool) -> None:
 
 @cli.command()
 @click.option("--output", type=click.Path(path_type=Path), help="Folder.  [default: runs/demo or runs/demo-cross]")
-@click.option("--cross-tokenizer", is_flag=True, help="An MoE teacher, and a deeper student with another tokenizer.")
+@click.option(
+    "--cross-tokenizer",
+    is_flag=True,
+    help="An MoE teacher, and a deeper student with another tokenizer: about ten minutes.",
+)
 @click.option("--resume", is_flag=True, help="Continue a demo that was stopped.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON on stdout.")
 def demo(output: Path | None, cross_tokenizer: bool, resume: bool, as_json: bool) -> None:

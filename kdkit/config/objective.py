@@ -31,6 +31,8 @@ UNIT_TERMS = ("dtw", "hidden", "attention", "layerwise", "contrastive", "routing
 """Those that compare units of text."""
 LAST_HIDDEN_TERMS = ("dtw", "hidden", "contrastive")
 """Of these, those that look at the last hidden states alone, which a cache can hold."""
+CACHED_IDS = 64
+"""Ids that a cached teacher keeps of each token where kd.top_k is unset: about 400 bytes, a quarter of what 256 take."""
 
 
 class KdConfig(Part):

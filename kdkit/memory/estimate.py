@@ -7,7 +7,7 @@ all phases (weights, optimizer states) is in each of them.
 from dataclasses import dataclass, field
 
 from kdkit.config import DistillConfig
-from kdkit.config.objective import LAST_HIDDEN_TERMS
+from kdkit.config.objective import CACHED_IDS, LAST_HIDDEN_TERMS
 from kdkit.errors import UserError
 from kdkit.memory.activations import (
     HALF,
@@ -34,8 +34,6 @@ BLOCK_BYTES = 2**22 * SINGLE
 """Entries of the logits that the losses take at a time on a card, float32."""
 NUM_BLOCKS = 9
 """Tensors of that size alive at once: log-probabilities of both sides, the loss's own, gradients."""
-CACHED_IDS = 64
-"""Ids that a cached teacher keeps of each token where the config does not say."""
 NUM_DTW_MATRICES = 6
 """Tensors (3B, U, U) float32 alive at once in soft-DTW's divergence: costs, alignment, gradient."""
 NUM_DTW_STATES = 8

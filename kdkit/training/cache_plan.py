@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from kdkit import __version__
 from kdkit.config import DistillConfig
 from kdkit.config.fields import cache_problems
-from kdkit.config.objective import LAST_HIDDEN_TERMS
+from kdkit.config.objective import CACHED_IDS, LAST_HIDDEN_TERMS
 from kdkit.config.reading import stage_config
 from kdkit.errors import UserError
 from kdkit.loading import files_of
@@ -29,8 +29,6 @@ from kdkit.teacher.cache.rows import RowIndex
 from kdkit.teacher.kept import temperature_range
 from kdkit.teacher.sources import LiveTeacher
 
-DEFAULT_TOP_K = 64
-"""Ids kept where objective.kd.top_k says nothing: about 400 bytes a token, a quarter of what 256 would take."""
 SHARD_TOKENS = 2**16
 """Counted tokens of a shard, about 25 MB at 64 ids: what a kill can lose."""
 
@@ -106,7 +104,7 @@ def _contents(config: DistillConfig, stages: Sequence[DistillConfig], *, num_ids
     is_sampled = keep.samples is not None
     softened = [stage.objective.kd.temperature for stage in stages if stage.objective.kd.weight.largest > 0]
     temperatures = [1.0, *(value for schedule in softened for value in (schedule.smallest, schedule.largest))]
-    top_k = max(stage.objective.kd.top_k or DEFAULT_TOP_K for stage in stages)
+    top_k = max(stage.objective.kd.top_k or CACHED_IDS for stage in stages)
     return Contents(
         kind="samples" if is_sampled else "top_k",
         k=keep.samples or min(top_k, num_ids),
