@@ -32,7 +32,7 @@ UNIT_TERMS = ("dtw", "hidden", "attention", "layerwise", "contrastive", "routing
 LAST_HIDDEN_TERMS = ("dtw", "hidden", "contrastive")
 """Of these, those that look at the last hidden states alone, which a cache can hold."""
 CACHED_IDS = 64
-"""Ids that a cached teacher keeps of each token where kd.top_k is unset: about 400 bytes, a quarter of what 256 take."""
+"""Ids that a cached teacher keeps of a token where kd.top_k is unset: about 400 bytes; 256 take four times that."""
 
 
 class KdConfig(Part):
