@@ -31,6 +31,8 @@ DeviceType = Literal["cuda", "cpu"]
 Capability = tuple[int, int]
 
 GIB = 2**30
+FULL_FRACTION = 0.92
+"""Share of a card's memory above which an estimate is no promise."""
 
 # bfloat16 units begin with Ampere; torch.cuda.is_bf16_supported() also counts emulation, which is very slow.
 BF16_CAPABILITY: Capability = (8, 0)

@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "kdkit"
 FLOORS = (
     ("__main__",),
     ("cli",),
+    ("memory.command",),
     ("demo", "inspection", "kaggle", "notebook", "session", "widgets"),
     (
         "training",

@@ -1,5 +1,6 @@
 """Memory measured: what comes and goes within, and nothing of what was there before."""
 
+import subprocess
 import sys
 import time
 
@@ -7,7 +8,6 @@ import pytest
 import torch
 
 from kdkit.inspection import measured_peaks, memory
-from kdkit.inspection.memory import watched_memory
 
 MIB = 2**20
 
@@ -21,27 +21,37 @@ def fill(mebibytes: int) -> torch.Tensor:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there tensors of the card are counted, not of the process")
 class TestWatchedMemory:
-    def test_finds_what_is_freed_again(self):
-        with watched_memory() as peak:
-            for size in (20, 90, 40):
-                fill(size)
-        assert peak.num_bytes == pytest.approx(90 * MIB, rel=0.1)
+    """Each in a process of its own: what an allocator keeps of a long life is no part of the answer."""
 
-    def test_what_was_there_before_is_not_counted(self):
-        held = fill(200)
-        with watched_memory() as peak:
-            fill(60)
-        assert peak.num_bytes == pytest.approx(60 * MIB, rel=0.1)
-        assert held.numel() == 200 * MIB // 4
+    @pytest.mark.parametrize(
+        ("before", "watched", "expected_mib"),
+        [
+            ("pass", "for size in (20, 90, 40): fill(size)", 90),
+            ("held = fill(200)", "fill(60)", 60),
+            # the allocator had kept blocks of 2 MiB, and the next ones made the process no larger
+            ("kept = [fill(2) for _ in range(20)]; del kept", "now = [fill(2) for _ in range(20)]", 40),
+        ],
+        ids=[
+            "finds what is freed again",
+            "what was there before is not counted",
+            "what was freed before hides nothing",
+        ],
+    )
+    def test_finds_the_most_that_was_added(self, before, watched, expected_mib):
+        code = f"""
+import torch
+from kdkit.inspection.memory import watched_memory
 
-    def test_what_was_freed_before_hides_nothing(self):
-        """The allocator had kept blocks of 2 MiB, and the next ones made the process no larger."""
-        before = [fill(2) for _ in range(20)]
-        del before
-        with watched_memory() as peak:
-            now = [fill(2) for _ in range(20)]
-        assert len(now) == 20
-        assert peak.num_bytes == pytest.approx(40 * MIB, rel=0.1)
+def fill(mib):
+    return torch.ones(mib * 2**20 // 4)
+
+{before}
+with watched_memory() as peak:
+    {watched}
+print(peak.num_bytes)
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert int(done.stdout) == pytest.approx(expected_mib * MIB, rel=0.1)
 
 
 class TestMeasuredPeaks:

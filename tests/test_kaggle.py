@@ -497,8 +497,8 @@ class TestBuildWheelhouse:
         assert pinned["huggingface-hub"] == version("huggingface_hub")
 
     def test_a_wheel_without_a_version_anywhere_is_refused(self, checkout):
-        edit_table(checkout, lambda tree: tree["wheels"]["registry"].append("peft"))
-        with pytest.raises(UserError, match="write peft==VERSION"):
+        edit_table(checkout, lambda tree: tree["wheels"]["registry"].append("einops"))
+        with pytest.raises(UserError, match="write einops==VERSION"):
             build_wheelhouse(checkout, table.read_table(checkout), checkout / "kaggle" / "dataset")
 
     def test_a_folder_with_other_files_is_refused_and_left_alone(self, tmp_path):

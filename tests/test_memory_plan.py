@@ -16,12 +16,12 @@ from kdkit.config import load_config
 from kdkit.errors import RunFailed, UserError
 from kdkit.memory import cards
 from kdkit.memory.cards import CARDS, card_here, card_of_budget, find_card
-from kdkit.memory.fit import FULL_FRACTION, fit_run
+from kdkit.memory.fit import fit_run
 from kdkit.memory.hours import looked_up_speed, measured_speed
 from kdkit.memory.planning import Pair, plan_run
 from kdkit.memory.shapes import shape_folder
 from kdkit.memory.sizes import read_sizes
-from kdkit.runtime import GIB
+from kdkit.runtime import FULL_FRACTION, GIB
 
 SMALL = {
     "vocab_size": 512,

@@ -19,8 +19,7 @@ from kdkit.memory.activations import (
 )
 from kdkit.memory.cards import Card
 from kdkit.memory.sizes import ModelSizes, lora_params
-from kdkit.plots.memory import FULL_FRACTION
-from kdkit.runtime import GIB, INT8_CAPABILITY
+from kdkit.runtime import FULL_FRACTION, GIB, INT8_CAPABILITY
 
 OFFLOAD = "offload"
 """The teacher's device where its layers stay in the host's memory."""

@@ -21,7 +21,7 @@ from kdkit.errors import UserError
 from kdkit.memory.cards import Card
 from kdkit.memory.estimate import OFFLOAD
 from kdkit.memory.planning import Pair, RunPlan, are_other_tokenizers, plan_stages, stages_of
-from kdkit.plots.memory import FULL_FRACTION
+from kdkit.runtime import FULL_FRACTION
 
 Changes = Mapping[str, JsonValue]
 """Field as `--set` names it -> value."""

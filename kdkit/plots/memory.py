@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING
 
 from kdkit.errors import UserError
 from kdkit.plots.axes import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, RED, SKY, wrapped
+from kdkit.runtime import FULL_FRACTION, GIB
 
-GIB = 2**30
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FULL_FRACTION = 0.92
-"""Share of a card above which an estimate is no promise."""
 GROUPS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "teacher weights": (BLUE, "", ("teacher weights",)),
     "teacher's pass": (BLUE, "////", ("teacher's pass", "teacher's signal")),
