@@ -301,6 +301,11 @@ class TestPlanRun:
         with pytest.raises(UserError, match=r"T4 is 1 card\(s\)"):
             plan_run(load_config(pair_config, [f"teacher.device={device}"]), find_card("t4"))
 
+    def test_a_teacher_on_the_cpu_is_on_no_card(self, pair_config):
+        plan = plan_run(load_config(pair_config, ["teacher.device=cpu"]), find_card("t4")).worst
+        assert plan.beside == {}
+        assert all("teacher weights" not in parts for parts in plan.phases.values())
+
     def test_sft_holds_no_teacher(self, pair_config):
         settings = pair_config | {"preset": "sft"}
         plan = plan_run(load_config(settings), find_card("t4")).worst

@@ -72,6 +72,13 @@ class TestMemoryWatch:
         assert said[2] == [], "not again for the same"
         assert len(said[3]) == 1, "but again when it gets worse"
 
+    def test_the_second_card_has_its_own_part_to_blame(self):
+        teacher = {"teacher": {"teacher weights": 9 * GIB}}
+        plan = MemoryPlan(CARDS["t4x2"], "float16", planned(divergence=1).phases, teacher)
+        (line,) = MemoryWatch([Readings([1.0]), Readings([9.9], name="cuda:1")], plan).take()[1]
+        assert "memory of cuda:1" in line
+        assert "is teacher weights, 9.0 GiB as planned" in line
+
     def test_the_second_card_warns_under_its_own_name(self):
         watch = MemoryWatch([Readings([1.0]), Readings([9.9], name="cuda:1")])
         (line,) = watch.take()[1]
@@ -105,7 +112,7 @@ class TestHostMeter:
 class TestBlame:
     def test_what_nothing_makes_smaller_is_not_blamed(self):
         plan = planned(student_weights=9, CUDA_context=5, optimizer_states=1)
-        assert "optimizer states, 1.0 GiB" in blame(plan)
+        assert "optimizer states, 1.0 GiB" in blame(plan.parts)
 
     def test_every_part_that_a_plan_can_have_is_named_as_it_names_it(self):
         """A remedy under a name that no plan uses would never be said."""

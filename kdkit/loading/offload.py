@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kdkit.errors import UserError
+from kdkit.loading.attention import spread_shared_keys
 
 
 def offload_layers(model: PreTrainedModel, device: torch.device) -> None:
@@ -31,6 +32,8 @@ def offload_layers(model: PreTrainedModel, device: torch.device) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in inside:
             tensor.data = tensor.data.to(device)
+    if device.type == "cuda":
+        spread_shared_keys(model)
     for layer in layers:
         weights = {name: _locked(weight, device) for name, weight in layer.state_dict().items()}
         cpu_offload(layer, device, state_dict=weights, preload_module_classes=[type(layer).__name__])

@@ -1,6 +1,6 @@
 """Which part of a full card to blame, and what makes it smaller."""
 
-from kdkit.memory.estimate import MemoryPlan
+from kdkit.memory.estimate import Parts
 from kdkit.runtime import GIB
 
 REMEDIES = {
@@ -22,14 +22,14 @@ REMEDIES = {
 """Part -> what to set; parts that nothing makes smaller are left out."""
 
 
-def blame(plan: MemoryPlan) -> str:
-    """The largest part at the peak that a setting makes smaller, its size, and the setting.
+def blame(parts: Parts) -> str:
+    """The largest part that a setting makes smaller, its size, and the setting.
 
     Args:
-        plan: of the stage that runs.
+        parts: what is planned to be on a card at its fullest.
     Returns:
         Half a sentence.
     """
-    part = max(REMEDIES, key=lambda name: plan.parts.get(name, 0))
-    size = plan.parts.get(part, 0) / GIB
+    part = max(REMEDIES, key=lambda name: parts.get(name, 0))
+    size = parts.get(part, 0) / GIB
     return f"the largest part that a setting makes smaller is {part}, {size:.1f} GiB as planned: {REMEDIES[part]}"

@@ -137,6 +137,8 @@ def _count(config: DistillConfig, plan: RunPlan) -> dict[str, object]:
     }
     widths = [shape.get_text_config().vocab_size for shape in shapes.values()]
     stage, worst = stages_of(config)[plan.stage], plan.worst
+    if worst.beside:  # which auto means on several cards
+        stage = stage.model_copy(update={"teacher": stage.teacher.model_copy(update={"device": "cuda:1"})})
     crosses = are_other_tokenizers(*widths)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of models without values

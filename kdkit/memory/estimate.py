@@ -85,6 +85,11 @@ class MemoryPlan:
         )
 
     @property
+    def fullest_parts(self) -> tuple[Parts, ...]:
+        """What is on each card in its fullest phase."""
+        return tuple(phases[name] for phases, name in zip((self.phases, self.beside), self.fullest, strict=False))
+
+    @property
     def tensor_bytes(self) -> int:
         """The peak without context and slack: what `--exact` counts."""
         return max(
@@ -175,7 +180,7 @@ class _Estimate:
             self.card,
             self.precision,
             {name: self._on_a_card(parts) for name, parts in phases.items()},
-            {name: self._on_a_card(parts) for name, parts in beside.items()},
+            {} if self._is_on_host else {name: self._on_a_card(parts) for name, parts in beside.items()},
             tuple(self._notes()),
         )
 
@@ -188,9 +193,14 @@ class _Estimate:
 
     @property
     def _is_beside(self) -> bool:
-        """Whether the teacher has a card of its own."""
+        """Whether the teacher is not on the student's card."""
         device = self.config.teacher.device
         return self.card.num_cards > 1 if device == "auto" else device not in ("cuda", "cuda:0", OFFLOAD)
+
+    @property
+    def _is_on_host(self) -> bool:
+        """Whether the teacher computes on the CPU, whose memory is not planned."""
+        return self.config.teacher.device == "cpu"
 
     @property
     def _number(self) -> int:

@@ -99,7 +99,7 @@ def count_step(
         elsewhere=("teacher weights", "teacher's pass") if is_apart else (),
         num_experts=_num_experts(teacher),
     )
-    card = CardKernels(has_flash_attention=precision == "bfloat16") if kernels == "card" else None  # of one generation
+    card = CardKernels(has_flash_attention=precision == "bfloat16") if kernels == "card" else None  # both from 8.0 on
     with count, nullcontext() if card is None else _on(card), _few_pieces() if fake else nullcontext():
         run = _Run.build(
             config,

@@ -56,7 +56,9 @@ def plan_lines(plan: RunPlan) -> list[str]:
     ]
     if worst.beside:
         share = worst.beside_bytes / card.memory_bytes
-        lines.append(f"the teacher's own card: {worst.beside_bytes / GIB:.1f} GiB ({share:.0%})")
+        lines.append(
+            f"  and {worst.beside_bytes / GIB:.1f} GiB ({share:.0%}) on the teacher's own, in {worst.fullest[1]}"
+        )
     lines += [f"note: {note}" for note in worst.notes]
     return [*lines, *_hours(plan)]
 

@@ -42,7 +42,8 @@ def out_of_memory(error: torch.OutOfMemoryError, *, stage: str, step: int, plan:
         step: that failed.
         plan: what was planned for the stage, if anything was.
     """
-    blamed = "" if plan is None else f"{blame(plan)[0].upper()}{blame(plan)[1:]}. "
+    said = "" if plan is None else blame(plan.parts)
+    blamed = f"{said[0].upper()}{said[1:]}. " if said else ""
     return RunFailed(
         f"stage {stage}, step {step}: the card's memory is used up ({error}). {blamed}Lower "
         "optim.batch_size (and raise optim.accumulation), data.max_length, objective.chunk_tokens or "

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Protocol
 
 import torch
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from kdkit.config import DistillConfig
 from kdkit.memory.blame import blame
 from kdkit.memory.cards import Card
-from kdkit.memory.estimate import MemoryPlan, estimate_memory
+from kdkit.memory.estimate import MemoryPlan, Parts, estimate_memory
 from kdkit.memory.sizes import sizes_of
 from kdkit.runtime import GIB, machine_memory_bytes
 
@@ -96,16 +97,18 @@ class MemoryWatch:
         if self.plan is not None:
             figures["memory/planned_gib"] = self.plan.peak_bytes / GIB
         figures["memory/used_fraction"] = max(_share(peak, total) for _, peak, total in taken)
-        return figures, [line for name, peak, total in taken if (line := self._warning(name, peak, total))]
+        fullest = () if self.plan is None else self.plan.fullest_parts
+        warnings = [self._warning(*reading, parts) for reading, parts in zip_longest(taken, fullest) if reading]
+        return figures, list(filter(None, warnings))
 
-    def _warning(self, name: str, peak: int, total: int) -> str:
+    def _warning(self, name: str, peak: int, total: int, parts: Parts | None) -> str:
         """A line when a device is nearly full and was not before; else nothing."""
         share = _share(peak, total)
         if share < WARN_FRACTION or share < self._warned.get(name, 0.0) + WORSE_FRACTION:
             return ""
         self._warned[name] = share
         line = f"memory of {name}: {peak / GIB:.1f} of {total / GIB:.1f} GiB ({share:.0%})"
-        return line if self.plan is None else f"{line}; {blame(self.plan)}"
+        return f"{line}; {blame(parts)}" if parts else line
 
 
 def _share(peak: int, total: int) -> float:
@@ -136,8 +139,10 @@ def watch_memory(
     if student.device.type != "cuda":
         return MemoryWatch([HostMeter(machine_memory_bytes())])
     meters: list[Meter] = [CudaMeter(device) for device in devices]
+    if config.teacher.device not in ("cpu", "offload"):  # the number of cards says where it is
+        config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"device": "auto"})})
     plan = _plan(
-        _placed(config, devices),
+        config,
         student,
         teacher,
         card=_card_of(student.device, len(devices)),
@@ -145,14 +150,6 @@ def watch_memory(
         teacher_width=teacher_width,
     )
     return MemoryWatch(meters, plan)
-
-
-def _placed(config: DistillConfig, devices: Sequence[torch.device]) -> DistillConfig:
-    """The config with the teacher where it is; an offloaded one stays that."""
-    if config.teacher.device == "offload":
-        return config
-    device = "cuda:1" if len(devices) > 1 else "cuda:0"
-    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"device": device})})
 
 
 def _plan(
