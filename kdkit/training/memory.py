@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
 from typing import Protocol
 
 import torch
@@ -98,10 +97,13 @@ class MemoryWatch:
             figures["memory/planned_gib"] = self.plan.peak_bytes / GIB
         figures["memory/used_fraction"] = max(_share(peak, total) for _, peak, total in taken)
         fullest = () if self.plan is None else self.plan.fullest_parts
-        warnings = [self._warning(*reading, parts) for reading, parts in zip_longest(taken, fullest) if reading]
+        warnings = [
+            self._warning(name, peak, total, fullest[card] if card < len(fullest) else {})
+            for card, (name, peak, total) in enumerate(taken)
+        ]
         return figures, list(filter(None, warnings))
 
-    def _warning(self, name: str, peak: int, total: int, parts: Parts | None) -> str:
+    def _warning(self, name: str, peak: int, total: int, parts: Parts) -> str:
         """A line when a device is nearly full and was not before; else nothing."""
         share = _share(peak, total)
         if share < WARN_FRACTION or share < self._warned.get(name, 0.0) + WORSE_FRACTION:
