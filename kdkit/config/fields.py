@@ -1,5 +1,6 @@
 """The fields of a run: unit, range, default, and where the default comes from."""
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -177,6 +178,13 @@ class OptimConfig(Part):
     """Autocast of the student; auto: float32 on CPU, else bfloat16 where the card has it, else float16."""
     ema: EmaConfig | None = None
     """Average of the weights, evaluated and left in place of the last ones; None: off. {} takes the defaults."""
+
+    def num_steps(self, num_rows: int, *, num_processes: int = 1) -> int:
+        """Optimizer steps of a stage: `max_steps`, else enough for `epochs` passes over its rows; at least 1."""
+        if self.max_steps is not None:
+            return self.max_steps
+        batches = math.ceil(num_rows / (self.batch_size * num_processes))
+        return max(math.ceil(self.epochs * math.ceil(batches / self.accumulation)), 1)
 
 
 class EarlyStoppingConfig(Part):

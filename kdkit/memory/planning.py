@@ -118,11 +118,10 @@ def are_other_tokenizers(*widths: int) -> bool:
 
 def count_steps(config: DistillConfig) -> int | None:
     """Optimizer steps of a stage on one card; None where they hang on rows that are not here."""
-    optim = config.optim
-    if optim.max_steps is not None:
-        return optim.max_steps
     rows = _count_rows(config.data.train, config.data.train_rows)
-    return None if rows is None else max(round(optim.epochs * rows / (optim.batch_size * optim.accumulation)), 1)
+    if rows is None:
+        return config.optim.max_steps
+    return config.optim.num_steps(rows)
 
 
 def _count_rows(source: str, limit: int | None) -> int | None:

@@ -75,22 +75,6 @@ class StageInputs:
     """Folder of an earlier stage whose adapters are taken over where they fit."""
 
 
-def count_steps(config: DistillConfig, *, num_rows: int, num_processes: int) -> int:
-    """Optimizer steps of a stage.
-
-    Args:
-        config: the stage's config.
-        num_rows: training rows.
-        num_processes: processes that share them.
-    Returns:
-        `optim.max_steps`, else enough for `optim.epochs` passes; at least 1.
-    """
-    if config.optim.max_steps is not None:
-        return config.optim.max_steps
-    batches = math.ceil(num_rows / (config.optim.batch_size * num_processes))
-    return max(math.ceil(config.optim.epochs * math.ceil(batches / config.optim.accumulation)), 1)
-
-
 def run_stage(
     config: DistillConfig,
     inputs: StageInputs,
@@ -117,7 +101,7 @@ def run_stage(
     """
     (name,) = config.stages
     folder.mkdir(parents=True, exist_ok=True)
-    num_steps = _count_steps_here(config, inputs)
+    num_steps = config.optim.num_steps(len(inputs.train_rows), num_processes=_num_processes())
     resumed_from = checkpoint.newest_checkpoint(folder)
     if controls is None and needs_controls(name, metrics):
         controls = Controls()
@@ -208,10 +192,6 @@ def _describe_early_stopping(evaluation: EvaluationConfig, stopping: EarlyStoppi
     if stopping.patience >= num_evaluations:
         line += f", which {num_evaluations} evaluations cannot show: the stage runs to its end and leaves its best"
     return line
-
-
-def _count_steps_here(config: DistillConfig, inputs: StageInputs) -> int:
-    return count_steps(config, num_rows=len(inputs.train_rows), num_processes=_num_processes())
 
 
 def _num_processes() -> int:
