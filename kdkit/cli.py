@@ -188,6 +188,20 @@ def cache(
 
 
 @cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON on stdout.")
+def doctor(run: Path, as_json: bool) -> None:
+    """Say what is wrong with RUN: its folder, a metrics.jsonl, a trainer_state.json or a text log of any trainer."""
+    from kdkit.doctor import diagnose_run
+    from kdkit.doctor.showing import diagnosis_lines
+
+    diagnosis = diagnose_run(run)
+    click.echo(json.dumps(diagnosis.as_json, indent=1) if as_json else "\n".join(diagnosis_lines(diagnosis)))
+    if diagnosis.num_failures:
+        sys.exit(1)
+
+
+@cli.command()
 @click.argument("config")
 @click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field; repeatable.")
 @click.option("--gpu", help="A card: t4, t4x2, p100, l4, a10, ...  [default: this machine's, else t4]")

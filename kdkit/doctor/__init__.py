@@ -1,0 +1,40 @@
+"""Names what is wrong with a run from what it wrote: `diagnose_run`, and `RUN_CHECKS`, which say what each code means.
+
+It needs neither torch nor transformers, and reads logs of other trainers too.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from kdkit.doctor.findings import Check, Diagnosis, Finding, Observation, Severity, examine
+from kdkit.doctor.readers import read_traces
+from kdkit.doctor.run_checks import RUN_CHECKS
+from kdkit.doctor.trace import Series, Trace
+
+__all__ = [
+    "RUN_CHECKS",
+    "Check",
+    "Diagnosis",
+    "Finding",
+    "Observation",
+    "Series",
+    "Severity",
+    "Trace",
+    "diagnose_run",
+    "read_traces",
+]
+
+
+def diagnose_run(path: Path) -> Diagnosis:
+    """What a run's log shows to be wrong.
+
+    Args:
+        path: a run folder, its metrics.jsonl, a trainer_state.json or a text log.
+    Returns:
+        `Diagnosis`, failures first.
+    Raises:
+        UserError: as `read_traces`.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):  # a log may hold any number
+        return examine(str(path), read_traces(path), RUN_CHECKS)

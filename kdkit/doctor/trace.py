@@ -1,0 +1,105 @@
+"""What a run left of itself, whoever trained it: named figures over steps, and events."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kdkit.doctor.findings import NotApplicable
+
+
+@dataclass(frozen=True)
+class Series:
+    """One figure over a run. steps: (n,) int64, never falling; values: (n,) float64, NaN where it was no number."""
+
+    name: str
+    steps: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def of(cls, name: str, points: Sequence[tuple[int, float]]) -> "Series":
+        """From (step, value) in the order in which they were written."""
+        steps = np.array([step for step, _ in points], dtype=np.int64)
+        return cls(name, steps, np.array([value for _, value in points], dtype=np.float64))
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def finite(self) -> "Series":
+        """Without what was no number."""
+        kept = np.isfinite(self.values)
+        return Series(self.name, self.steps[kept], self.values[kept])
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a run said in words. kind: nonfinite, memory, dtype, out_of_memory, failure, early_stop."""
+
+    kind: str
+    text: str
+    step: int | None = None
+    """The last one named before it."""
+    line: int | None = None
+    """Of its file, from 1."""
+
+    def __str__(self) -> str:
+        place = f"step {self.step}" if self.step is not None else f"line {self.line}"
+        return f"{place}: {self.text.strip()[:160]}"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a run was to be, as far as its config or its log says."""
+
+    num_steps: int | None = None
+    """Optimizer steps."""
+    num_batches: int | None = None
+    """Forward passes, where the log counts in them."""
+    accumulation: int | None = None
+    warmup_steps: int | None = None
+    scheduler: str | None = None
+    vocabulary: int | None = None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A run, or one stage of it. Figures have the names of metrics.jsonl, whatever their log called them."""
+
+    source: str
+    train: Mapping[str, Series] = field(default_factory=dict)
+    evals: Mapping[str, Series] = field(default_factory=dict)
+    events: Sequence[Event] = ()
+    planned: Planned = Planned()
+    num_lines: int | None = None
+    """Of a text log."""
+
+    def series(self, name: str, *, at_least: int = 1) -> Series:
+        """A figure of training.
+
+        Raises:
+            NotApplicable: there are fewer values of it.
+        """
+        return _taken(self.train, name, at_least, "while training")
+
+    def evaluated(self, name: str, *, at_least: int = 1) -> Series:
+        """A figure of the evaluations; raises as `series`."""
+        return _taken(self.evals, name, at_least, "at evaluations")
+
+    def events_of(self, kind: str) -> list[Event]:
+        """The events of a kind, in order."""
+        return [event for event in self.events if event.kind == kind]
+
+    @property
+    def last_step(self) -> int:
+        """The highest that is named; 0 where none is."""
+        ends = [int(series.steps[-1]) for figures in (self.train, self.evals) for series in figures.values()]
+        return max(ends, default=0)
+
+
+def _taken(figures: Mapping[str, Series], name: str, at_least: int, when: str) -> Series:
+    series = figures.get(name)
+    found = 0 if series is None else len(series)
+    if series is None or found < at_least:
+        raise NotApplicable(f"{name} {when}: {found} values, at least {at_least} needed")
+    return series
