@@ -188,15 +188,52 @@ def cache(
 
 
 @cli.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("target", metavar="CONFIG|RUN")
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field; repeatable.")
+@click.option("--gpu", help="A card, as for plan.  [default: this machine's, else t4]")
+@click.option("--budget-gib", type=float, metavar="GIB", help="A card of this memory, whatever it is.")
+@click.option("--rows", type=click.IntRange(min=1), help="Training rows, where they are not here to be counted.")
+@click.option("--fix", is_flag=True, help="Write the corrected config to --output and show the difference.")
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="File of --fix.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON on stdout.")
-def doctor(run: Path, as_json: bool) -> None:
-    """Say what is wrong with RUN: its folder, a metrics.jsonl, a trainer_state.json or a text log of any trainer."""
-    from kdkit.doctor import diagnose_run
-    from kdkit.doctor.showing import diagnosis_lines
+def doctor(
+    target: str,
+    overrides: tuple[str, ...],
+    gpu: str | None,
+    budget_gib: float | None,
+    rows: int | None,
+    fix: bool,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Say what is wrong with a config before it is run, or with a run by what it logged.
 
-    diagnosis = diagnose_run(run)
-    click.echo(json.dumps(diagnosis.as_json, indent=1) if as_json else "\n".join(diagnosis_lines(diagnosis)))
+    A config is a YAML file of kdkit, the name of a preset, or another trainer's JSON, YAML or shell script (HF, TRL,
+    DistiLLM). A run is its folder, a metrics.jsonl, a trainer_state.json or a text log of any trainer.
+    """
+    from kdkit.doctor.showing import diagnosis_lines
+    from kdkit.doctor.targets import is_config
+
+    if fix != (output is not None):
+        raise click.UsageError("--fix writes the corrected config to --output FILE: give both")
+    if gpu is not None and budget_gib is not None:
+        raise click.UsageError("give either --gpu or --budget-gib")
+    if is_config(target):
+        from kdkit.doctor.config.command import ConfigRequest, answer_config
+
+        diagnosis, fixed = answer_config(target, ConfigRequest(overrides, gpu, budget_gib, rows, output))
+    elif overrides or gpu or budget_gib or rows or fix:
+        raise click.UsageError(f"{target} is a run: --set, --gpu, --budget-gib, --rows and --fix are for configs")
+    else:
+        from kdkit.doctor import diagnose_run
+
+        diagnosis, fixed = diagnose_run(Path(target)), None
+    if as_json:
+        click.echo(json.dumps(diagnosis.as_json | ({} if fixed is None else fixed.as_json), indent=1))
+    else:
+        if fixed is not None:
+            click.echo(fixed.text_of_changes)
+        click.echo("\n".join(diagnosis_lines(diagnosis)))
     if diagnosis.num_failures:
         sys.exit(1)
 

@@ -9,7 +9,7 @@ import yaml
 import kdkit.config
 from kdkit.config import DistillConfig, demo_folder, dump_config, list_presets, load_config
 from kdkit.config.objective import LOSS_ARGUMENTS
-from kdkit.config.reading import _part_in, stage_config
+from kdkit.config.reading import part_in, stage_config
 from kdkit.errors import UserError
 from kdkit.schedules import Schedule
 
@@ -188,7 +188,7 @@ class TestPresetsReadme:
         def walk(model, above=""):
             for name, field in model.model_fields.items():
                 known.add(above + name)
-                inner = _part_in(field.annotation)
+                inner = part_in(field.annotation)
                 if inner is not None and inner is not Schedule:
                     walk(inner, f"{above}{name}.")
 

@@ -73,7 +73,7 @@ FLOORS = (
         "teacher.kept",
         "teacher.signal",
     ),
-    ("errors",),
+    ("errors", "files"),
 )
 SPLIT = {"data", "teacher", "training"}
 

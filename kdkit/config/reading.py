@@ -65,7 +65,7 @@ def load_config(source: str | Path | Mapping[str, JsonValue], overrides: Iterabl
     """
     tree = _read_source(source)
     for override in overrides:
-        _merge_into(tree, _parse_override(override))
+        _merge_into(tree, parse_override(override))
     tree = _with_presets(tree)
     config = _validate(_fill_in(tree), where="")
     for name in config.stages:
@@ -165,7 +165,7 @@ def _is_schedule(held: Mapping[str, JsonValue], value: Mapping[str, JsonValue]) 
     return "start" in value and "end" in value and "start" in held
 
 
-def _parse_override(text: str) -> Tree:
+def parse_override(text: str) -> Tree:
     """`a.b=value` as a tree."""
     path, equals, value = text.partition("=")
     if not equals or not path.strip():
@@ -221,14 +221,14 @@ def _fields_at(location: Sequence[str]) -> list[str]:
     part: type[BaseModel] = DistillConfig
     for name in location:
         field = part.model_fields.get(name)
-        inner = _part_in(field.annotation) if field else None
+        inner = part_in(field.annotation) if field else None
         if inner is None:
             break
         part = inner
     return list(part.model_fields)
 
 
-def _part_in(annotation: object) -> type[BaseModel] | None:
+def part_in(annotation: object) -> type[BaseModel] | None:
     """The config part inside an annotation such as `Part | None`."""
     candidates = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     for candidate in candidates:

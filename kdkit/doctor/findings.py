@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Generic, TypeVar
 
-Value = str | int | float | bool | None
+Value = str | int | float | bool | None | Sequence["Value"] | Mapping[str, "Value"]
 """What a config field can be set to."""
 
 

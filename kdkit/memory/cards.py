@@ -88,6 +88,19 @@ def find_card(name: str) -> Card:
     raise UserError(f"no card is called {name!r}: {meant} are {', '.join(CARDS)}; or give --budget-gib")
 
 
+def choose_card(name: str | None = None, budget_gib: float | None = None) -> Card:
+    """A card by its name, else of a budget, else this machine's, else a T4.
+
+    Raises:
+        UserError: as `find_card` and `card_of_budget`.
+    """
+    if budget_gib is not None:
+        return card_of_budget(budget_gib)
+    if name is not None:
+        return find_card(name)
+    return card_here() or CARDS["t4"]
+
+
 def card_of_budget(gib: float) -> Card:
     """A stand-in for a card of which only the memory is known: a T4 in all else.
 

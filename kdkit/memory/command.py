@@ -1,8 +1,6 @@
 """`kdkit plan`: from its options to what it prints and writes."""
 
 import json
-import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -10,7 +8,8 @@ import yaml
 
 from kdkit.config import DistillConfig
 from kdkit.errors import UserError
-from kdkit.memory.cards import CARDS, Card, card_here, card_of_budget, find_card
+from kdkit.files import write_whole
+from kdkit.memory.cards import Card, choose_card
 from kdkit.memory.fit import Fit, fit_run
 from kdkit.memory.planning import Pair, RunPlan, are_other_tokenizers, plan_run, stages_of
 from kdkit.memory.showing import plan_bars, plan_json, plan_lines, plan_table
@@ -36,11 +35,7 @@ class PlanRequest:
         Raises:
             UserError: nobody knows its name, or the budget is not above 0.
         """
-        if self.budget_gib is not None:
-            return card_of_budget(self.budget_gib)
-        if self.gpu is not None:
-            return find_card(self.gpu)
-        return card_here() or CARDS["t4"]
+        return choose_card(self.gpu, self.budget_gib)
 
 
 @dataclass(frozen=True)
@@ -115,9 +110,9 @@ def answer_plan(config: DistillConfig, request: PlanRequest) -> PlanAnswer:
     fit = fit_run(config, card, pair=pair) if request.fit else None
     answer = PlanAnswer(plan, fit, _count(config, plan) if request.exact else {})
     if request.figure is not None:
-        _write(request.figure, lambda: _figure(plan if fit is None else fit.plan, request.figure))
+        write_whole(request.figure, _figure(plan if fit is None else fit.plan, request.figure))
     if request.output is not None and fit is not None:
-        _write(request.output, lambda: yaml.safe_dump(fit.patch(), sort_keys=False).encode())
+        write_whole(request.output, yaml.safe_dump(fit.patch(), sort_keys=False).encode())
     return answer
 
 
@@ -151,21 +146,11 @@ def _count(config: DistillConfig, plan: RunPlan) -> dict[str, object]:
     return {**asdict(counted), "planned_bytes": planned, "crosses_tokenizers": crosses, "line": line}
 
 
-def _figure(plan: RunPlan, path: Path | None) -> bytes:
+def _figure(plan: RunPlan, path: Path) -> bytes:
     """The bars as a file's content, in the kind that its name ends in."""
     from kdkit.plots import figure_bytes, plot_memory
 
-    assert path is not None
     kind = path.suffix.lstrip(".").lower()
     if kind not in ("png", "svg"):
         raise UserError(f"--figure {path}: give a name that ends in .png or .svg")
     return figure_bytes(plot_memory(plan_bars(plan.worst)), kind)
-
-
-def _write(path: Path, content: Callable[[], bytes]) -> None:
-    """A whole file or none."""
-    data = content()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + ".part")
-    staged.write_bytes(data)
-    os.replace(staged, path)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from kdkit.config import DistillConfig
@@ -129,6 +130,12 @@ def _count_rows(source: str, limit: int | None) -> int | None:
     file = Path(source)
     if file.suffix != ".jsonl" or not file.is_file():
         return limit
-    with file.open("rb") as lines:
-        found = sum(1 for line in lines if line.strip())
+    found = _count_lines(file, file.stat().st_mtime_ns)
     return found if limit is None else min(found, limit)
+
+
+@lru_cache(maxsize=16)
+def _count_lines(file: Path, changed: int) -> int:
+    """Lines that hold something; counted once for all that --fit tries, and again when the file has changed."""
+    with file.open("rb") as lines:
+        return sum(1 for line in lines if line.strip())

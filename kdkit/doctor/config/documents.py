@@ -1,0 +1,279 @@
+"""Files that hold a config, read to be judged and written back with changes: kdkit's YAML, other trainers' files."""
+
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import yaml
+
+from kdkit.config import DistillConfig, list_presets, load_config
+from kdkit.config.reading import parse_override
+from kdkit.doctor.config.foreign import Translation, foreign_patch, is_distillm, keys_of, translate
+from kdkit.doctor.findings import Value
+from kdkit.errors import UserError
+
+_OWN_PARTS = frozenset(DistillConfig.model_fields) | {"preset"}
+
+
+class Document(Protocol):
+    """A config as it is written."""
+
+    @property
+    def source(self) -> str:
+        """What the user called it."""
+        ...
+
+    @property
+    def text(self) -> str:
+        """The file."""
+        ...
+
+    @property
+    def config(self) -> DistillConfig:
+        """What it says, in kdkit's terms."""
+        ...
+
+    @property
+    def translation(self) -> Translation | None:
+        """How another trainer's terms were read; None: the terms are kdkit's."""
+        ...
+
+    def patched(self, patch: Mapping[str, Value]) -> "Document":
+        """The same with other values; a field that the file has no word for stays away."""
+        ...
+
+
+def read_document(source: str, overrides: Iterable[str] = ()) -> Document:
+    """Find out what kind of config there is.
+
+    Args:
+        source: a preset's name, a YAML or JSON file of kdkit or another trainer, or a shell script with its flags.
+        overrides: `field.path=value`, for a config of kdkit.
+    Returns:
+        The document.
+    Raises:
+        UserError: there is no such file, it is not readable, or no setting in it is known.
+    """
+    overrides = list(overrides)
+    path = Path(source)
+    if source in list_presets() or not path.is_file():
+        return _own(source, f"preset: {source}\n" if source in list_presets() else None, overrides)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} is no text in UTF-8: {error}") from error
+    document = _foreign(source, path, text)
+    if document is None:
+        return _own(source, text, overrides)
+    if overrides:
+        raise UserError(f"--set sets fields of kdkit, and {source} is another trainer's: change the file itself")
+    if not document.translation.stated:
+        raise UserError(f"{source} has no setting that is known here: give a config of kdkit, HF, TRL or DistiLLM")
+    return document
+
+
+def _foreign(source: str, path: Path, text: str) -> "KeysDocument | FlagsDocument | None":
+    if path.suffix == ".sh":
+        return FlagsDocument(source, text)
+    tree = _parsed(source, path, text)
+    if not isinstance(tree, dict) or _OWN_PARTS.intersection(name for name, value in tree.items() if _is_part(value)):
+        return None
+    if "preset" in tree:
+        return None
+    return KeysDocument(source, text, is_json=path.suffix == ".json")
+
+
+def _is_part(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _parsed(source: str, path: Path, text: str) -> object:
+    try:
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        raise UserError(f"{source} is not readable as {kind}: {error}") from error
+
+
+def _own(source: str, text: str | None, overrides: list[str]) -> "OwnDocument":
+    if text is None:
+        load_config(source, overrides)  # says what is missing, and what there is
+        raise AssertionError
+    document = OwnDocument(source, text)
+    for override in overrides:
+        document = document.merged(parse_override(override))
+    load_config(source, overrides)  # by the name that the user gave, should it be refused
+    return document
+
+
+# --- kdkit -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OwnDocument:
+    """YAML, or JSON, of kdkit; comments and order stay."""
+
+    source: str
+    text: str
+    translation: None = None
+
+    @cached_property
+    def config(self) -> DistillConfig:
+        """As a run would read it."""
+        tree = yaml.safe_load(self.text)
+        if not isinstance(tree, dict):
+            raise UserError(f"{self.source} must hold a mapping of fields, found {type(tree).__name__}")
+        return load_config(tree)
+
+    def patched(self, patch: Mapping[str, Value]) -> "OwnDocument":
+        """With other values, each at its dotted path."""
+        document = self
+        for field, value in patch.items():
+            tree: Any = value
+            for name in reversed(field.split(".")):
+                tree = {name: tree}
+            document = document.merged(tree, whole=field)
+        return document
+
+    def merged(self, above: Mapping[str, Any], *, whole: str = "") -> "OwnDocument":
+        """With a tree laid over it; `whole` is a field whose value is replaced rather than merged."""
+        from ruamel.yaml import YAML
+
+        loader = YAML()
+        loader.preserve_quotes = True
+        loader.width = 4096
+        tree = loader.load(self.text)
+        _lay_over(tree, above, whole.split("."))
+        stream = io.StringIO()
+        loader.dump(tree, stream)
+        return replace(self, text=stream.getvalue())
+
+
+def _lay_over(below: Any, above: Mapping[str, Any], whole: list[str]) -> None:
+    """Mappings merge, anything else, and what the path `whole` names, replaces."""
+    for key, value in above.items():
+        is_whole = whole == [key]
+        if isinstance(value, Mapping) and isinstance(below.get(key), Mapping) and not is_whole:
+            _lay_over(below[key], value, whole[1:] if whole[:1] == [key] else [])
+        else:
+            below[key] = value
+
+
+# --- others ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KeysDocument:
+    """A JSON or YAML file of another trainer: keys at its top, or one mapping below."""
+
+    source: str
+    text: str
+    is_json: bool
+
+    @cached_property
+    def translation(self) -> Translation:
+        """In kdkit's terms."""
+        return translate(self._values)
+
+    @property
+    def config(self) -> DistillConfig:
+        """What it says."""
+        return self.translation.config
+
+    def patched(self, patch: Mapping[str, Value]) -> "KeysDocument":
+        """With other values under the file's own names."""
+        tree, keys = self._tree, keys_of(self._values)
+        for field, value in foreign_patch(patch):
+            for part in (tree, *(part for part in tree.values() if isinstance(part, dict))):
+                for name in part:
+                    if name in keys and keys[name].field == field:
+                        part[name] = keys[name].write(value)
+        if not self.is_json:
+            return replace(self, text=yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+        indent = re.search(r"\n( +)", self.text)
+        written = json.dumps(tree, indent=len(indent[1]) if indent else None, ensure_ascii=False)
+        return replace(self, text=written + "\n" * self.text.endswith("\n"))
+
+    @property
+    def _tree(self) -> dict[str, Any]:
+        tree = json.loads(self.text) if self.is_json else yaml.safe_load(self.text)
+        return cast("dict[str, Any]", tree)
+
+    @property
+    def _values(self) -> dict[str, Value]:
+        values: dict[str, Value] = {}
+        for name, value in self._tree.items():
+            values |= value if isinstance(value, dict) else {name: value}
+        return values
+
+
+_FLAG = re.compile(r"--([a-z][a-z0-9-]*)(?:[ \t=]+([^\s\"'\\-][^\s\"'\\]*|-\d[\d.]*))?")
+_VARIABLE = re.compile(r"\$\{?(\w+)\}?")
+_ASSIGNED = re.compile(r"^\s*(?:export\s+)?(\w+)=[\"']?([^\s\"'#;]+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class FlagsDocument:
+    """A shell script that gives flags, such as DistiLLM's: `OPTS+=" --warmup-iters 500"`."""
+
+    source: str
+    text: str
+
+    @cached_property
+    def translation(self) -> Translation:
+        """In kdkit's terms."""
+        return translate({name: _value(self.text[start:end]) for name, (start, end) in self._places.items()})
+
+    @property
+    def config(self) -> DistillConfig:
+        """What it says."""
+        return self.translation.config
+
+    def patched(self, patch: Mapping[str, Value]) -> "FlagsDocument":
+        """With other values, where the flag or its variable has them."""
+        values = {name: _value(self.text[start:end]) for name, (start, end) in self._places.items()}
+        keys = keys_of(values)
+        edits: dict[tuple[int, int], str] = {}
+        for field, value in foreign_patch(patch):
+            for name, place in self._places.items():
+                if name in keys and keys[name].field == field and value is not None:
+                    edits[place] = str(keys[name].write(value))
+            if field == "rollout.mode" and value == "off" and is_distillm(values) and "type" in self._places:
+                parts = str(values["type"]).split("-")
+                edits[self._places["type"]] = "-".join(part for part in parts if part not in ("adaptive", "mixed"))
+        text = self.text
+        for (start, end), written in sorted(edits.items(), reverse=True):
+            text = text[:start] + written + text[end:]
+        return replace(self, text=text)
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[int, int]]:
+        """Flag, dashes as underscores -> where its value is; an empty place for a switch. The last one counts."""
+        code = re.sub(r"(?m)(^|\s)#.*$", lambda comment: " " * len(comment[0]), self.text)
+        variables = {found[1]: found.span(2) for found in _ASSIGNED.finditer(code)}
+        places = {}
+        for found in _FLAG.finditer(code):
+            place = found.span(2) if found[2] is not None else (found.end(), found.end())
+            variable = _VARIABLE.fullmatch(found[2] or "")
+            if variable is not None:
+                place = variables.get(variable[1], place)
+            places[found[1].replace("-", "_")] = place
+        return places
+
+
+def _value(text: str) -> Value:
+    """As YAML reads it; a switch is true."""
+    if not text:
+        return True
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    return cast("Value", value)

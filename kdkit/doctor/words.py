@@ -1,0 +1,5 @@
+"""Sources that several checks name."""
+
+POST_MORTEMS = "post-mortems of two research projects"
+DISTILLM = "DistiLLM, arXiv:2402.03898"
+HINTON = "Hinton et al. 2015, arXiv:1503.02531, section 2"
