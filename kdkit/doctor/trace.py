@@ -56,9 +56,11 @@ class Planned:
     """Optimizer steps."""
     num_batches: int | None = None
     """Forward passes, where the log counts in them."""
+    num_epochs: float | None = None
     accumulation: int | None = None
     warmup_steps: int | None = None
     scheduler: str | None = None
+    max_grad_norm: float | None = None
     vocabulary: int | None = None
 
 
@@ -89,6 +91,16 @@ class Trace:
     def events_of(self, kind: str) -> list[Event]:
         """The events of a kind, in order."""
         return [event for event in self.events if event.kind == kind]
+
+    @property
+    def planned_end(self) -> int | None:
+        """The step at which it was to end, in what the log counts; from the epochs where only they are planned."""
+        named = self.planned.num_batches or self.planned.num_steps
+        epoch = self.train.get("epoch")
+        if named or epoch is None or self.planned.num_epochs is None or not epoch.finite.values[-1:].any():
+            return named
+        epoch = epoch.finite
+        return max(round(int(epoch.steps[-1]) * self.planned.num_epochs / float(epoch.values[-1])), 1)
 
     @property
     def last_step(self) -> int:

@@ -1,0 +1,171 @@
+"""The learning rate: whether it is there, ends with the run, and has the shape that was asked for."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from kdkit.doctor.findings import Check, NotApplicable, Observation, fail, warn
+from kdkit.doctor.run.sources import POST_MORTEMS
+from kdkit.doctor.trace import Series, Trace
+
+UNFINISHED_FRACTION = 0.5
+"""Of the peak: what a decaying learning rate must have left behind at the end of a run."""
+STRETCHED_RATIO = 1.5
+"""Of a schedule's own end to the run's: accumulation stretches by 2 at least, a few epochs' rounding by far less."""
+FITS_FRACTION = 0.005
+"""Of the peak: what a curve may miss by and still be the one; a log may print three digits."""
+MISSES_FRACTION = 0.02
+"""Of the peak: what a curve misses by that is another one."""
+LEAST_DECLINE_FRACTION = 0.1
+"""Of the peak: before that much is gone, printed digits do not tell where a curve ends."""
+LEAST_POINTS = 6
+"""Of a curve, so that one with two free numbers can miss."""
+MOST_POINTS = 200
+"""Of a curve that are looked at, evenly over it."""
+OTHER_ENDS = ("restart", "min", "floor", "polynomial", "inverse", "wsd", "stable", "plateau")
+"""In a scheduler's name: it does not go to 0 along one curve."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A decay that was fitted to a learning rate."""
+
+    family: str
+    end: float
+    """Step at which it reaches 0; infinite for a constant."""
+    miss: float
+    """Largest distance to the learning rate, as a share of its peak."""
+
+
+def check_learning_rate_zero(trace: Trace) -> Iterator[Observation]:
+    """Every value is 0."""
+    rate = trace.series("learning_rate", at_least=3)
+    if not rate.values.any():
+        yield fail(f"learning rate 0 at all {len(rate)} log rows, steps {rate.steps[0]} to {rate.steps[-1]}")
+
+
+LEARNING_RATE_ZERO = Check(
+    "KD201",
+    "learning rate is 0",
+    "lr=0.00e+00 at every row, and no figure moves",
+    "The optimizer never steps, or the scheduler never does: a format such as .3e shows 2.01e-5 as 2.010e-05, "
+    "never as 0.",
+    "Step the scheduler once for each optimizer step; see whether a loss scaler skips every step.",
+    POST_MORTEMS,
+    check_learning_rate_zero,
+)
+
+
+def check_schedule_length(trace: Trace) -> Iterator[Observation]:
+    """A decaying learning rate that ends long after the run does."""
+    rate, total = trace.series("learning_rate", at_least=3).finite, trace.planned_end
+    named, decay = _family(trace.planned.scheduler), _decay(rate)
+    if total is None or named == "constant":
+        raise NotApplicable("how long the run was to be, with a learning rate that decays")
+    factor = f"; gradients were accumulated over {trace.planned.accumulation}" if trace.planned.accumulation else ""
+    end = min((curve.end for curve in _curves(decay) if curve.miss <= FITS_FRACTION), default=0.0)
+    if np.isfinite(end) and end > STRETCHED_RATIO * total:
+        evidence = f"learning rate {_from_peak(decay)} heads for 0 at step {end:,.0f}, {end / total:.1f} times the run"
+        yield fail(f"{evidence} of {total:,}{factor}") if named else warn(f"{evidence} of {total:,}{factor}")
+    elif named and _is_high_at_end(rate, total):
+        yield fail(
+            f"{named} schedule at {rate.values[-1] / rate.values.max():.0%} of its peak {rate.values.max():.3g} at "
+            f"step {rate.steps[-1]:,}, the last of {total:,}{factor}"
+        )
+
+
+def _is_high_at_end(rate: Series, total: int) -> bool:
+    """At the planned end more than half of the peak is left."""
+    if not len(rate) or rate.steps[-1] < 0.98 * total:
+        return False
+    return bool(rate.values[-1] > UNFINISHED_FRACTION * rate.values.max())
+
+
+SCHEDULE_LENGTH = Check(
+    "KD202",
+    "schedule longer than the run",
+    "the learning rate is still high at the last step",
+    "The schedule was made for forward passes, and only every accumulated one is an optimizer step.",
+    "Give the scheduler the number of optimizer steps: forward passes divided by the accumulation.",
+    POST_MORTEMS,
+    check_schedule_length,
+)
+
+
+def check_scheduler(trace: Trace) -> Iterator[Observation]:
+    """The learning rate follows another curve than the one named."""
+    named, rate = _family(trace.planned.scheduler), trace.series("learning_rate", at_least=LEAST_POINTS).finite
+    if named is None:
+        raise NotApplicable("a scheduler that is named: constant, linear or cosine")
+    decay = _decay(rate)
+    curves = {curve.family: curve for curve in _curves(decay)}
+    seen = min(curves.values(), key=lambda curve: curve.miss, default=None)
+    if seen is None or seen.miss > FITS_FRACTION:
+        raise NotApplicable("a learning rate that has left its peak behind along one curve")
+    if named not in curves or curves[named].miss > MISSES_FRACTION:
+        missed = f"; a {named} one misses by {curves[named].miss:.1%}" if named in curves else ""
+        yield warn(f"scheduler {named} is named, the learning rate {_from_peak(decay)} is {seen.family}{missed}")
+
+
+SCHEDULER = Check(
+    "KD218",
+    "another scheduler than the one named",
+    "cosine stands in the config, and the learning rate falls along a straight line, or the reverse",
+    "The code makes one scheduler whatever the config says. It mostly costs little, but what is reported is not what "
+    "was run.",
+    "Make the scheduler from the name that the config gives, or give the name of the one that is made.",
+    POST_MORTEMS,
+    check_scheduler,
+)
+
+
+def _family(scheduler: str | None) -> str | None:
+    """Of a scheduler's name: constant, linear or cosine, where it goes to 0 along one curve or not at all."""
+    name = (scheduler or "").lower()
+    if any(word in name for word in OTHER_ENDS):
+        return None
+    return next((family for family in ("cosine", "linear", "constant") if family in name), None)
+
+
+def _decay(rate: Series) -> Series:
+    """From the last row at the peak on, thinned, without what lies at 0 after the end."""
+    values = rate.values
+    if not len(values) or values.max() <= 0:
+        return Series(rate.name, rate.steps[:0], values[:0])
+    start = len(values) - 1 - int(np.argmax(values[::-1]))
+    above = np.flatnonzero(values > 0)[-1] + 1
+    chosen = np.unique(np.linspace(start, above - 1, MOST_POINTS).astype(int))
+    return Series(rate.name, rate.steps[chosen], values[chosen])
+
+
+def _curves(decay: Series) -> list[Curve]:
+    """The decays through a learning rate's points; none where they are too few or have hardly fallen."""
+    values, steps = decay.values, decay.steps.astype(float)
+    is_short = len(values) < LEAST_POINTS or values[-1] > (1 - LEAST_DECLINE_FRACTION) * values[0]
+    if is_short or (np.diff(values) > 0).any() or np.ptp(steps) == 0:
+        return []
+    return [_line(steps, values / values[0]), _half_cosine(steps, values / values[0])]
+
+
+def _line(steps: np.ndarray, shares: np.ndarray) -> Curve:
+    slope, start = np.polyfit(steps, shares, 1)
+    end = -start / slope if slope < 0 else np.inf
+    return Curve("linear", float(end), float(np.abs(start + slope * steps - shares).max()))
+
+
+def _half_cosine(steps: np.ndarray, shares: np.ndarray) -> Curve:
+    """The first point may lie past the peak, by up to a quarter of it: share = peak (1 + cos(angle)) / 2."""
+    best = Curve("cosine", np.inf, np.inf)
+    for peak in np.linspace(1, 1.25, 51):
+        angles = np.arccos(np.clip(2 * shares / peak - 1, -1, 1))
+        slope, start = np.polyfit(steps, angles, 1)
+        miss = np.abs(peak * (1 + np.cos(start + slope * steps)) / 2 - shares).max()
+        if slope > 0 and miss < best.miss:
+            best = Curve("cosine", float((np.pi - start) / slope), float(miss))
+    return best
+
+
+def _from_peak(decay: Series) -> str:
+    first, last = decay.values[[0, -1]]
+    return f"{first:.3g} at step {decay.steps[0]:,} to {last:.3g} at step {decay.steps[-1]:,}"

@@ -1,0 +1,231 @@
+"""The terms of a loss, one by one: their scale, their share, their sum, and whether they are there."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from kdkit.doctor.findings import Check, NotApplicable, Observation, fail, warn
+from kdkit.doctor.run.sources import POST_MORTEMS
+from kdkit.doctor.trace import Series, Trace
+
+LARGEST_PART = 12.0
+"""Of a term per counted item: a uniform guess among 150,000 tokens costs 11.9 nats."""
+DOMINANT_SHARE = 0.5
+"""Of the weighted total, from which on a term leads."""
+DOMINANT_RATIO = 3.0
+"""Of a term's share in the total to its share in the weights."""
+LEAST_ROWS = 4
+"""Of a log, so that one batch says nothing."""
+SUM_FRACTION = 0.2
+"""Of the total: by how much its terms may miss it, since weights may move between two rows."""
+VANISHED_FRACTION = 1e-6
+"""Of a term's first values: below it the term has no gradient left to speak of."""
+LEAST_ABSENT_ROWS = 10
+"""Of other terms, logged after the last of one that is gone."""
+COLLAPSED_BALANCE = 0.9
+"""Of the load balance that is 0 where experts are used evenly and 1 where one takes all."""
+
+
+def check_scale(trace: Trace) -> Iterator[Observation]:
+    """A term is larger than a mean over tokens can well be."""
+    parts = {
+        name: series.finite
+        for figures in (trace.evals, trace.train)
+        for name, series in figures.items()
+        if name.startswith("part/")
+    }
+    if not parts:
+        raise NotApplicable("the terms of the loss one by one")
+    for name, series in parts.items():
+        if len(series) and np.median(series.values) > LARGEST_PART:
+            low, high = series.values.min(), series.values.max()
+            yield fail(
+                f"{name.removeprefix('part/')}: {low:.4g} to {high:.4g}, median {np.median(series.values):.4g}, steps "
+                f"{series.steps[0]} to {series.steps[-1]}; a mean over tokens stays below {LARGEST_PART:g}"
+            )
+
+
+SCALE = Check(
+    "KD207",
+    "scale of a term",
+    "a divergence of 30 to 40, or feature terms of 40 to 200",
+    "A sum over tokens is divided by rows (batchmean), an error is not normalised, or logits of two tokenizers are "
+    "compared id by id. The factor temperature squared belongs there (Hinton et al. 2015) and explains no such "
+    "size.",
+    "Average over counted tokens, compare features by cosine or relative to their variance, align vocabularies.",
+    POST_MORTEMS,
+    check_scale,
+)
+
+
+def check_dominance(trace: Trace) -> Iterator[Observation]:
+    """A term makes far more of the total than its weight asks for."""
+    weighted, weights = _weighted(trace.train), _weights(trace)
+    if len(weighted) < 2 or any(len(series) < LEAST_ROWS for series in weighted.values()):
+        raise NotApplicable(f"{LEAST_ROWS} rows of two terms with their weights")
+    late = {name: float(np.median(series.values[-(len(series) // 2) :])) for name, series in weighted.items()}
+    given = {name: float(weights[name].values[-1]) for name in weighted}
+    total, all_weights = sum(map(abs, late.values())), sum(given.values())
+    for name, value in late.items():
+        share = abs(value) / total if total else 0.0
+        if share >= DOMINANT_SHARE and share >= DOMINANT_RATIO * given[name] / all_weights > 0:
+            yield warn(
+                f"{name}: {share:.0%} of the weighted total in the second half of the log, {given[name]:g} of the "
+                f"weights' {all_weights:g} ({given[name] / all_weights:.0%})"
+            )
+
+
+DOMINANCE = Check(
+    "KD219",
+    "one term dominates",
+    "a term with a tenth of the weights makes more than half of the loss",
+    "Its scale is not that of the others: a sum where they are means, or squared distances of states that are not "
+    "normalised. The student then learns that term, whatever the weights say. A large raw value alone is no such "
+    "thing: 40 times a weight of 0.1 are 4 % of a total of 101.",
+    "Bring the terms to one scale (means over counted items, cosine distances), then choose weights.",
+    POST_MORTEMS,
+    check_dominance,
+)
+
+
+def check_sum(trace: Trace) -> Iterator[Observation]:
+    """The terms, times their weights, are not the total beside them."""
+    sums = {
+        when: found
+        for when, figures in (("train", trace.train), ("evaluation", trace.evals))
+        if (found := _sums(figures, _weights(trace))) is not None
+    }
+    if not sums:
+        raise NotApplicable("a total beside terms and their weights")
+    for when, (step, total, due, miss) in sums.items():
+        if miss > SUM_FRACTION:
+            yield fail(f"{when} loss {total:.5g} at step {step}, its terms times their weights make {due:.5g}")
+
+
+def _sums(figures: Mapping[str, Series], weights: Mapping[str, Series]) -> tuple[int, float, float, float] | None:
+    """Step, total and sum at the last row that has all, and the least that any reading of the terms misses by."""
+    parts = {name.removeprefix("part/"): series for name, series in figures.items() if name.startswith("part/")}
+    is_on = {name for name, series in weights.items() if series.values.any()}
+    named = [name for name in parts if name in weights]
+    if "loss" not in figures or not named or (is_on - set(parts) and len(is_on & set(parts)) < 2):
+        return None
+    loss = figures["loss"].finite
+    steps = loss.steps
+    for name in named:
+        steps = np.intersect1d(steps, parts[name].finite.steps)
+    if not len(steps):
+        return None
+    total = _at(loss, steps)
+    raw = {name: _at(parts[name].finite, steps) for name in named}
+    weight = {name: _at(weights[name], steps) for name in named}
+    softened = _at(figures["kd_temperature"], steps) ** 2 if "kd_temperature" in figures else np.ones(len(steps))
+    plain = sum(raw[name] * weight[name] for name in named)
+    squared = sum(raw[name] * weight[name] * (softened if name == "kd" else 1.0) for name in named)
+    readings = [plain, squared, sum(raw.values())]
+    misses = [float(np.median(np.abs(total - sum_) / np.maximum(np.abs(total), 1e-12))) for sum_ in readings]
+    return int(steps[-1]), float(total[-1]), float(plain[-1]), min(misses)
+
+
+PARTS_SUM = Check(
+    "KD220",
+    "terms do not make the total",
+    "a total of 101.4 where the terms times their weights make 18.9",
+    "A term is counted that is not logged, a weight is applied twice or not at all, or the total is summed over "
+    "micro-batches and the terms are not.",
+    "Log every term that is in the total, and compute the total from what is logged.",
+    POST_MORTEMS,
+    check_sum,
+)
+
+
+def check_vanished(trace: Trace) -> Iterator[Observation]:
+    """A term that has a weight is 0, or no longer logged."""
+    parts = {name.removeprefix("part/"): series for name, series in trace.train.items() if name.startswith("part/")}
+    if not parts:
+        raise NotApplicable("the terms of the loss one by one")
+    weights = _weights(trace)
+    for name, series in parts.items():
+        if name not in weights or weights[name].values[-1] > 0:
+            yield from _zeros(name, series.finite, is_weighted=name in weights)
+            yield from _absence(name, series, parts)
+
+
+def _zeros(name: str, part: Series, *, is_weighted: bool) -> Iterator[Observation]:
+    """The second half of the log lies at 0."""
+    if len(part) < LEAST_ROWS:
+        return
+    first, late = np.abs(part.values[: len(part) // 4 or 1]).max(), np.abs(part.values[len(part) // 2 :]).max()
+    if first > 0 and late < VANISHED_FRACTION * first:
+        at = part.steps[len(part) // 2]
+        yield fail(f"{name}: {first:.4g} at first, at most {late:.2g} from step {at} to {part.steps[-1]}")
+    elif first == late == 0 and is_weighted:
+        yield warn(f"{name}: 0 at all {len(part)} log rows, though its weight is not 0")
+
+
+def _absence(name: str, part: Series, parts: Mapping[str, Series]) -> Iterator[Observation]:
+    """Other terms go on being logged."""
+    later = {other: int((series.steps > part.steps[-1]).sum()) for other, series in parts.items()}
+    other = max(later, key=later.__getitem__)
+    if later[other] >= max(LEAST_ABSENT_ROWS, len(part)):
+        yield warn(
+            f"{name}: last logged at step {part.steps[-1]} ({part.values[-1]:.4g}), while {other} is logged at "
+            f"{later[other]} rows after it"
+        )
+
+
+VANISHED = Check(
+    "KD224",
+    "a term has vanished",
+    "a term that has a weight is 0, or its figure ends while others go on",
+    "It is no longer computed, or its inputs no longer hang on the student: batches without labels, a mask that leaves "
+    "nothing, a detached tensor.",
+    "Compute and log it at every step; count what it averages over; see whether its gradient reaches the student.",
+    POST_MORTEMS,
+    check_vanished,
+)
+
+
+def check_load_balance(trace: Trace) -> Iterator[Observation]:
+    """Nearly all units go to one expert."""
+    balance = trace.series("routing/load_balance", at_least=LEAST_ROWS).finite
+    if len(balance) < LEAST_ROWS:
+        raise NotApplicable(f"{LEAST_ROWS} load balances that are finite")
+    late = float(np.median(balance.values[-(len(balance) // 2) :]))
+    if late > COLLAPSED_BALANCE:
+        yield warn(f"load balance {balance.values[0]:.3g} at step {balance.steps[0]}, {late:.3g} in the second half")
+
+
+LOAD_BALANCE = Check(
+    "KD225",
+    "one expert takes all",
+    "a load balance of nearly 1, where 0 is even",
+    "The router picks one expert whatever the unit, so that the mixture is that expert alone. A small load balance is "
+    "the good case: 0.0001 is the figure times its weight, or above its lowest value, and tells of no collapse.",
+    "Raise the weight of the load balance, and let more experts take part; see whether the teacher itself uses one.",
+    "Switch Transformers, arXiv:2101.03961, eq. 4; " + POST_MORTEMS,
+    check_load_balance,
+)
+
+
+def _weights(trace: Trace) -> dict[str, Series]:
+    """Term -> its weight over the run."""
+    return {name.removeprefix("weight/"): series for name, series in trace.train.items() if name.startswith("weight/")}
+
+
+def _weighted(figures: Mapping[str, Series]) -> dict[str, Series]:
+    """Term -> what it adds to the total: as logged, or the part times its weight."""
+    found = {}
+    for name, weight in figures.items():
+        term = name.removeprefix("weight/")
+        part = figures.get(f"part/{term}")
+        if not name.startswith("weight/") or not weight.values.any() or part is None:
+            continue
+        logged, part = figures.get(f"weighted/{term}"), part.finite
+        values = part.values * _at(weight, part.steps) if len(part) else part.values
+        found[term] = logged.finite if logged is not None else Series(term, part.steps, values)
+    return found
+
+
+def _at(series: Series, steps: np.ndarray) -> np.ndarray:
+    """The last value up to each step, or the first one."""
+    return series.values[np.maximum(np.searchsorted(series.steps, steps, side="right") - 1, 0)]
