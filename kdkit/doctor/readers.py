@@ -131,8 +131,9 @@ def _json(text: str) -> object:
 
 def _positive(value: object) -> float | None:
     """A finite number above 0, or None."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e300
-    return float(value) if is_number else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
+        return None
+    return float(value)
 
 
 def _is_step(value: object) -> TypeGuard[int]:

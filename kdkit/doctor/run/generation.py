@@ -1,6 +1,6 @@
 """What the student writes: quality, length, ends, repetition, and how much of it is trained on."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 

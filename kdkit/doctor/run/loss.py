@@ -1,13 +1,12 @@
 """The total loss and the gradient: no number, rising, standing still, unsteady."""
 
-import re
 from collections.abc import Iterator
 
 import numpy as np
 
 from kdkit.doctor.findings import Check, NotApplicable, Observation, fail, warn
 from kdkit.doctor.run.sources import POST_MORTEMS
-from kdkit.doctor.trace import Event, Series, Trace
+from kdkit.doctor.trace import Series, Trace
 
 DIVERGED_RATIO = 2.0
 """Of the loss at the end to its lowest level before."""
@@ -16,8 +15,7 @@ LEAST_STEPS = 100
 STILL_FRACTION = 0.02
 """By how much a loss has to fall from its first quarter to its last."""
 UNSTEADY_FRACTION = 0.08
-"""Of the loss: how far a row typically lies from the middle of its neighbours. Rows that average 16 or more sequences
-stay below 0.03."""
+"""Of the loss: how far a row typically lies above or below both its neighbours' middle."""
 LEAST_UNSTEADY_ROWS = 7
 SPIKE_RATIO = 2.0
 """Of a row to the largest of the rows before and after it."""
@@ -72,13 +70,16 @@ def _comparable_losses(trace: Trace) -> Series:
     """The training loss, where its values over the run can be compared.
 
     Raises:
-        NotApplicable: there are too few, or the weights of its terms changed.
+        NotApplicable: there are too few, or what it counts changed.
     """
     loss = trace.series("loss", at_least=4).finite
     if len(loss) < 4 or loss.steps[-1] < LEAST_STEPS:
         raise NotApplicable(f"four losses over {LEAST_STEPS} steps")
     if any(name.startswith("weight/") and np.ptp(series.values) > 0 for name, series in trace.train.items()):
         raise NotApplicable("a loss whose terms keep their weights")
+    gold = trace.train.get("rollout/gold_fraction")
+    if gold is not None and np.ptp(gold.values) > 0:
+        raise NotApplicable("a loss over the same share of labelled rows throughout")
     return loss
 
 
@@ -137,7 +138,8 @@ def check_oscillation(trace: Trace) -> Iterator[Observation]:
     if len(loss) < LEAST_UNSTEADY_ROWS:
         raise NotApplicable(f"{LEAST_UNSTEADY_ROWS} rows of the loss")
     values = loss.values[len(loss) // 4 :] if len(loss) >= 4 * LEAST_UNSTEADY_ROWS else loss.values
-    jumps = np.abs(values[1:-1] - (values[:-2] + values[2:]) / 2)
+    turns = np.diff(values)[1:] * np.diff(values)[:-1] < 0
+    jumps = turns * np.abs(values[1:-1] - (values[:-2] + values[2:]) / 2)
     level, jump = float(np.median(values)), float(np.median(jumps))
     if level > 0 and jump > UNSTEADY_FRACTION * level:
         at = int(np.argmax(np.abs(np.diff(loss.values))))

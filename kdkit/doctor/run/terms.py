@@ -14,6 +14,8 @@ DOMINANT_SHARE = 0.5
 """Of the weighted total, from which on a term leads."""
 DOMINANT_RATIO = 3.0
 """Of a term's share in the total to its share in the weights."""
+LEAST_STEPS = 100
+"""Before which terms have not found their sizes: a new student has only cross-entropy to lose."""
 LEAST_ROWS = 4
 """Of a log, so that one batch says nothing."""
 SUM_FRACTION = 0.2
@@ -61,6 +63,8 @@ SCALE = Check(
 def check_dominance(trace: Trace) -> Iterator[Observation]:
     """A term makes far more of the total than its weight asks for."""
     weighted, weights = _weighted(trace.train), _weights(trace)
+    if trace.last_step < LEAST_STEPS:
+        raise NotApplicable(f"{LEAST_STEPS} steps")
     if len(weighted) < 2 or any(len(series) < LEAST_ROWS for series in weighted.values()):
         raise NotApplicable(f"{LEAST_ROWS} rows of two terms with their weights")
     late = {name: float(np.median(series.values[-(len(series) // 2) :])) for name, series in weighted.items()}
@@ -92,7 +96,7 @@ def check_sum(trace: Trace) -> Iterator[Observation]:
     """The terms, times their weights, are not the total beside them."""
     sums = {
         when: found
-        for when, figures in (("train", trace.train), ("evaluation", trace.evals))
+        for when, figures in (("training", trace.train), ("evaluation", _with_temperature(trace)))
         if (found := _sums(figures, _weights(trace))) is not None
     }
     if not sums:
@@ -102,28 +106,45 @@ def check_sum(trace: Trace) -> Iterator[Observation]:
             yield fail(f"{when} loss {total:.5g} at step {step}, its terms times their weights make {due:.5g}")
 
 
+def _with_temperature(trace: Trace) -> Mapping[str, Series]:
+    """The figures of the evaluations, and the temperature that is logged beside those of training."""
+    return {name: trace.train[name] for name in ("kd_temperature",) if name in trace.train} | dict(trace.evals)
+
+
 def _sums(figures: Mapping[str, Series], weights: Mapping[str, Series]) -> tuple[int, float, float, float] | None:
     """Step, total and sum at the last row that has all, and the least that any reading of the terms misses by."""
-    parts = {name.removeprefix("part/"): series for name, series in figures.items() if name.startswith("part/")}
-    is_on = {name for name, series in weights.items() if series.values.any()}
-    named = [name for name in parts if name in weights]
-    if "loss" not in figures or not named or (is_on - set(parts) and len(is_on & set(parts)) < 2):
+    parts = {name.removeprefix("part/"): series.finite for name, series in figures.items() if name.startswith("part/")}
+    needed = {name for name, series in weights.items() if series.values.any()}
+    if "loss" not in figures or not needed or not needed <= set(parts):
         return None
     loss = figures["loss"].finite
     steps = loss.steps
-    for name in named:
-        steps = np.intersect1d(steps, parts[name].finite.steps)
+    for name in needed:
+        steps = np.intersect1d(steps, parts[name].steps)
     if not len(steps):
         return None
     total = _at(loss, steps)
-    raw = {name: _at(parts[name].finite, steps) for name in named}
-    weight = {name: _at(weights[name], steps) for name in named}
-    softened = _at(figures["kd_temperature"], steps) ** 2 if "kd_temperature" in figures else np.ones(len(steps))
-    plain = sum(raw[name] * weight[name] for name in named)
-    squared = sum(raw[name] * weight[name] * (softened if name == "kd" else 1.0) for name in named)
-    readings = [plain, squared, sum(raw.values())]
-    misses = [float(np.median(np.abs(total - sum_) / np.maximum(np.abs(total), 1e-12))) for sum_ in readings]
-    return int(steps[-1]), float(total[-1]), float(plain[-1]), min(misses)
+    readings = _readings(figures, parts, weights, steps)
+    misses = [np.abs(total - due) / np.maximum(np.abs(total), 1e-12) for due in readings]
+    plain = sum(_at(parts[name], steps[-1:])[0] * _at(weights[name], steps[-1:])[0] for name in needed)
+    return int(steps[-1]), float(total[-1]), float(plain), float(min(np.median(miss) for miss in misses))
+
+
+def _readings(
+    figures: Mapping[str, Series], parts: Mapping[str, Series], weights: Mapping[str, Series], steps: np.ndarray
+) -> Iterator[np.ndarray]:
+    """What the total may be by: weights; weights and temperature squared; terms that are logged with their weight."""
+    zero = np.zeros(len(steps))
+    found = {name: _at(parts[name], steps) for name in parts if len(parts[name])}
+    weighted = {name: found[name] * _at(weights[name], steps) for name in found if name in weights}
+    yield sum(weighted.values(), zero)
+    yield sum(found.values(), zero)
+    if "kd_temperature" in figures:
+        factor = _at(figures["kd_temperature"], steps) ** 2
+        yield sum((value * (factor if name == "kd" else 1.0) for name, value in weighted.items()), zero)
+    logged = [series.finite for name, series in figures.items() if name.startswith("weighted/")]
+    if logged and all(len(series) for series in logged):
+        yield sum((_at(series, steps) for series in logged), zero)
 
 
 PARTS_SUM = Check(
@@ -144,7 +165,12 @@ def check_vanished(trace: Trace) -> Iterator[Observation]:
     if not parts:
         raise NotApplicable("the terms of the loss one by one")
     weights = _weights(trace)
+    if "rollout/gold_fraction" in trace.train:  # labels are only in the rows of the data
+        gold = trace.train["rollout/gold_fraction"]
+        parts = {name: _where(series, gold) for name, series in parts.items()}
     for name, series in parts.items():
+        if not len(series):
+            continue
         if name not in weights or weights[name].values[-1] > 0:
             yield from _zeros(name, series.finite, is_weighted=name in weights)
             yield from _absence(name, series, parts)
@@ -229,3 +255,9 @@ def _weighted(figures: Mapping[str, Series]) -> dict[str, Series]:
 def _at(series: Series, steps: np.ndarray) -> np.ndarray:
     """The last value up to each step, or the first one."""
     return series.values[np.maximum(np.searchsorted(series.steps, steps, side="right") - 1, 0)]
+
+
+def _where(series: Series, share: Series) -> Series:
+    """Where another figure is above 0."""
+    kept = _at(share, series.steps) > 0 if len(share) else np.ones(len(series), dtype=bool)
+    return Series(series.name, series.steps[kept], series.values[kept])
