@@ -64,7 +64,8 @@ FROZEN_EVALUATION = Check(
     "KD203",
     "evaluation stands still",
     "evaluations at different steps agree to every digit",
-    "Nothing is learnt, or the evaluation shows a kept result or other weights than the trained ones.",
+    "Nothing is learnt, or the evaluation shows a kept result or other weights than the trained ones. Another "
+    "objective at evaluation (KD210) moves its level, and cannot make it stand still.",
     "See whether the learning rate and the change of the weights are above 0, then what the evaluation reads.",
     POST_MORTEMS,
     check_frozen_evaluation,
@@ -87,7 +88,7 @@ PERPLEXITY_CAP = Check(
     "KD204",
     "perplexity is capped",
     "a perplexity of 485165195.41, which is e^20",
-    "The trainer cuts the exponent, so that the figure no longer says anything.",
+    "The trainer cuts the exponent, so that the figure no longer says anything; a cap at e^50 says no more.",
     "Take the perplexity from the plain cross-entropy of the labels, and do not cut it.",
     POST_MORTEMS,
     check_perplexity_cap,

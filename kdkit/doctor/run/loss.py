@@ -32,12 +32,36 @@ def check_nonfinite(trace: Trace) -> Iterator[Observation]:
     """A NaN or an infinity, in a figure or in words."""
     for event in trace.events_of("nonfinite")[:1]:
         replaced = ", and was replaced by 0" if "clamp" in event.text else ""
-        yield fail(f"{event}{replaced}{_before(trace, event.step)}")
+        yield fail(f"{event}{replaced}{_after(trace, event.step) if replaced else ''}{_before(trace, event.step)}")
     for name, series in trace.train.items():
         broken = np.flatnonzero(~np.isfinite(series.values))
         if len(broken) and (name == "loss" or name.startswith("part/")):
             step = int(series.steps[broken[0]])
-            yield fail(f"{name} is no number at {len(broken)} log rows, first at step {step}{_before(trace, step)}")
+            alone = _beside(trace, name, step)
+            yield fail(
+                f"{name} is no number at {len(broken)} log rows, first at step {step}{alone}{_before(trace, step)}"
+            )
+
+
+def _after(trace: Trace, step: int | None) -> str:
+    """The loss of the same logits went on without the part that was replaced."""
+    loss = trace.train["loss"].finite if "loss" in trace.train else None
+    later = () if loss is None or step is None else np.flatnonzero(loss.steps >= step)
+    if loss is None or not len(later):
+        return ""
+    return (
+        f"; the rest of the loss stayed finite ({loss.values[later[0]]:.4g} at step {loss.steps[later[0]]}), so that "
+        "the logits did not overflow: most likely that batch had no labels"
+    )
+
+
+def _beside(trace: Trace, name: str, step: int) -> str:
+    """Other terms of the same step that are finite, where one is not."""
+    others = {other: series for other, series in trace.train.items() if other.startswith("part/") and other != name}
+    finite = [other for other, series in others.items() if step in series.finite.steps]
+    if name == "loss" or not finite:
+        return ""
+    return f", where {', '.join(finite)} is finite: most likely a batch without what this term counts, such as labels"
 
 
 def _before(trace: Trace, step: int | None) -> str:

@@ -33,7 +33,7 @@ class Curve:
 
     family: str
     end: float
-    """Step at which it reaches 0; infinite for a constant."""
+    """Step at which it reaches 0; infinite where it does not."""
     miss: float
     """Largest distance to the learning rate, as a share of its peak."""
 
@@ -50,7 +50,7 @@ LEARNING_RATE_ZERO = Check(
     "learning rate is 0",
     "lr=0.00e+00 at every row, and no figure moves",
     "The optimizer never steps, or the scheduler never does: a format such as .3e shows 2.01e-5 as 2.010e-05, "
-    "never as 0.",
+    "never as 0. A schedule that accumulation stretches is a fault of its own (KD202): it is small, not 0.",
     "Step the scheduler once for each optimizer step; see whether a loss scaler skips every step.",
     POST_MORTEMS,
     check_learning_rate_zero,
@@ -155,15 +155,16 @@ def _line(steps: np.ndarray, shares: np.ndarray) -> Curve:
 
 
 def _half_cosine(steps: np.ndarray, shares: np.ndarray) -> Curve:
-    """The first point may lie past the peak, by up to a quarter of it: share = peak (1 + cos(angle)) / 2."""
-    best = Curve("cosine", np.inf, np.inf)
-    for peak in np.linspace(1, 1.25, 51):
-        angles = np.arccos(np.clip(2 * shares / peak - 1, -1, 1))
-        slope, start = np.polyfit(steps, angles, 1)
-        miss = np.abs(peak * (1 + np.cos(start + slope * steps)) / 2 - shares).max()
-        if slope > 0 and miss < best.miss:
-            best = Curve("cosine", float((np.pi - start) / slope), float(miss))
-    return best
+    """share = peak (1 + cos(angle)) / 2; the first point may lie past the peak, by up to a quarter of it."""
+    peaks = np.linspace(1, 1.25, 51)
+    angles = np.arccos(np.clip(2 * shares[:, None] / peaks - 1, -1, 1))  # (points, peaks)
+    slopes, starts = np.polyfit(steps, angles, 1)
+    curves = peaks * (1 + np.cos(starts + slopes * steps[:, None])) / 2
+    misses = np.abs(curves - shares[:, None]).max(axis=0)
+    best = int(np.argmin(np.where(slopes > 0, misses, np.inf)))
+    if slopes[best] <= 0:
+        return Curve("cosine", np.inf, np.inf)
+    return Curve("cosine", float((np.pi - starts[best]) / slopes[best]), float(misses[best]))
 
 
 def _from_peak(decay: Series) -> str:

@@ -15,11 +15,13 @@ DOMINANT_SHARE = 0.5
 DOMINANT_RATIO = 3.0
 """Of a term's share in the total to its share in the weights."""
 LEAST_STEPS = 100
-"""Before which terms have not found their sizes: a new student has only cross-entropy to lose."""
+"""Before which terms have not found their sizes, and weights may move much from step to step."""
 LEAST_ROWS = 4
 """Of a log, so that one batch says nothing."""
 SUM_FRACTION = 0.2
 """Of the total: by how much its terms may miss it, since weights may move between two rows."""
+MOST_SUMS = 200
+"""Rows that are looked at, evenly over the log."""
 VANISHED_FRACTION = 1e-6
 """Of a term's first values: below it the term has no gradient left to speak of."""
 LEAST_ABSENT_ROWS = 10
@@ -94,6 +96,8 @@ DOMINANCE = Check(
 
 def check_sum(trace: Trace) -> Iterator[Observation]:
     """The terms, times their weights, are not the total beside them."""
+    if trace.last_step < LEAST_STEPS:
+        raise NotApplicable(f"{LEAST_STEPS} steps")
     sums = {
         when: found
         for when, figures in (("training", trace.train), ("evaluation", _with_temperature(trace)))
@@ -118,11 +122,12 @@ def _sums(figures: Mapping[str, Series], weights: Mapping[str, Series]) -> tuple
     if "loss" not in figures or not needed or not needed <= set(parts):
         return None
     loss = figures["loss"].finite
-    steps = loss.steps
+    steps = np.unique(loss.steps)
     for name in needed:
-        steps = np.intersect1d(steps, parts[name].steps)
+        steps = steps[_has(parts[name], steps)]
     if not len(steps):
         return None
+    steps = steps[np.unique(np.linspace(0, len(steps) - 1, MOST_SUMS).astype(int))]
     total = _at(loss, steps)
     readings = _readings(figures, parts, weights, steps)
     misses = [np.abs(total - due) / np.maximum(np.abs(total), 1e-12) for due in readings]
@@ -250,6 +255,13 @@ def _weighted(figures: Mapping[str, Series]) -> dict[str, Series]:
         values = part.values * _at(weight, part.steps) if len(part) else part.values
         found[term] = logged.finite if logged is not None else Series(term, part.steps, values)
     return found
+
+
+def _has(series: Series, steps: np.ndarray) -> np.ndarray:
+    """Whether there is a value at each step."""
+    if not len(series):
+        return np.zeros(len(steps), dtype=bool)
+    return series.steps[np.minimum(np.searchsorted(series.steps, steps), len(series) - 1)] == steps
 
 
 def _at(series: Series, steps: np.ndarray) -> np.ndarray:
