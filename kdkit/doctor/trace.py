@@ -29,6 +29,8 @@ class Series:
     def finite(self) -> "Series":
         """Without what was no number."""
         kept = np.isfinite(self.values)
+        if kept.all():
+            return self
         return Series(self.name, self.steps[kept], self.values[kept])
 
 

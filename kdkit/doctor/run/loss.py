@@ -46,12 +46,12 @@ def check_nonfinite(trace: Trace) -> Iterator[Observation]:
 def _after(trace: Trace, step: int | None) -> str:
     """The loss of the same logits went on without the part that was replaced."""
     loss = trace.train["loss"].finite if "loss" in trace.train else None
-    later = () if loss is None or step is None else np.flatnonzero(loss.steps >= step)
-    if loss is None or not len(later):
+    if loss is None or step is None or not len(loss) or loss.steps[-1] < step:
         return ""
+    at = int(np.searchsorted(loss.steps, step))
     return (
-        f"; the rest of the loss stayed finite ({loss.values[later[0]]:.4g} at step {loss.steps[later[0]]}), so that "
-        "the logits did not overflow: most likely that batch had no labels"
+        f"; the rest of the loss stayed finite ({loss.values[at]:.4g} at step {loss.steps[at]}), so that the logits "
+        "did not overflow: most likely that batch had no labels"
     )
 
 

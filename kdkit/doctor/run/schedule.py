@@ -149,16 +149,23 @@ def _curves(decay: Series) -> list[Curve]:
 
 
 def _line(steps: np.ndarray, shares: np.ndarray) -> Curve:
-    slope, start = np.polyfit(steps, shares, 1)
-    end = -start / slope if slope < 0 else np.inf
-    return Curve("linear", float(end), float(np.abs(start + slope * steps - shares).max()))
+    slope, start = _straight(steps, shares)
+    end = float(-start / slope) if slope < 0 else np.inf
+    return Curve("linear", end, float(np.abs(start + slope * steps - shares).max()))
+
+
+def _straight(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Slope and value at step 0 of the line of least squares through each column."""
+    middle = steps.mean()
+    slope = (steps - middle) @ (values - values.mean(axis=0)) / ((steps - middle) ** 2).sum()
+    return slope, values.mean(axis=0) - slope * middle
 
 
 def _half_cosine(steps: np.ndarray, shares: np.ndarray) -> Curve:
     """share = peak (1 + cos(angle)) / 2; the first point may lie past the peak, by up to a quarter of it."""
     peaks = np.linspace(1, 1.25, 51)
     angles = np.arccos(np.clip(2 * shares[:, None] / peaks - 1, -1, 1))  # (points, peaks)
-    slopes, starts = np.polyfit(steps, angles, 1)
+    slopes, starts = _straight(steps, angles)
     curves = peaks * (1 + np.cos(starts + slopes * steps[:, None])) / 2
     misses = np.abs(curves - shares[:, None]).max(axis=0)
     best = int(np.argmin(np.where(slopes > 0, misses, np.inf)))
