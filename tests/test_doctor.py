@@ -171,9 +171,7 @@ class TestChecks:
             rates = {step: 1 - step / end for step in range(0, 401, 10)}
             if family == "cosine":
                 rates = {step: (1 + np.cos(np.pi * step / end)) / 2 for step in rates}
-            rows = [
-                {"step": step, "learning_rate": 1e-4 * rate, "loss": 3 - step / 400} for step, rate in rates.items()
-            ]
+            rows = [{"step": step, "learning_rate": rate, "loss": 3 - step / 400} for step, rate in rates.items()]
             return json.dumps({"max_steps": 500, "log_history": rows})
 
         assert not diagnose(tmp_path, state(500), "trainer_state.json").findings

@@ -316,6 +316,50 @@ class TestFaults:
         assert healthy(np.random.default_rng(seed)).codes == set()
 
 
+NAMES = [*healthy(np.random.default_rng(0)).train, "loss", "epoch", "kd_temperature", "weighted/kd", "weighted/lm"]
+EVALUATED = [
+    "loss",
+    "cross_entropy",
+    "perplexity",
+    "rouge_l",
+    "exact_match",
+    "mean_tokens",
+    "ended_fraction",
+    "part/kd",
+]
+ODD = [0.0, -1.0, 1e-300, 1e308, -1e308, 5.0, 485165195.41, math.nan, math.inf, -math.inf]
+
+
+class TestAnyTrace:
+    @settings(max_examples=100, deadline=None)
+    @given(seed=SEEDS)
+    def test_is_looked_at_without_a_traceback(self, seed: int) -> None:
+        """Figures of any length and number, with or without a plan: found, passed or skipped, never an error."""
+        rng = np.random.default_rng(seed)
+
+        def figures(names: list[str]) -> dict[str, Series]:
+            chosen = [name for name in names if rng.random() < 0.6]
+            return {name: some_series(rng, name) for name in chosen}
+
+        planned = Planned(
+            num_steps=rng.choice([None, 1, 100, 2**53 - 1]),
+            num_epochs=rng.choice([None, 1e-300, 3.0, 1e299]),
+            scheduler=rng.choice([None, "cosine", "linear", "constant", "other"]),
+            max_grad_norm=rng.choice([None, 1.0, 1e-300]),
+        )
+        trace = Trace("any", figures(NAMES), figures(EVALUATED), (), planned)
+        with np.errstate(all="ignore"):
+            diagnosis = examine("any", {None: trace}, RUN_CHECKS)
+        assert len(diagnosis.codes) + len(diagnosis.passed) + len(diagnosis.skipped) == len(RUN_CHECKS)
+
+
+def some_series(rng: np.random.Generator, name: str) -> Series:
+    """Of odd values, of few, of one, or falling."""
+    length = int(rng.choice([1, 2, 5, 30]))
+    values = np.linspace(5, 1, length) if rng.random() < 0.3 else rng.choice(ODD[: rng.integers(1, 11)], length)
+    return Series(name, np.sort(rng.integers(0, rng.choice([2, 200, 2**53 - 1]), length)), values)
+
+
 class TestCollapse:
     @settings(max_examples=20, deadline=None)
     @given(seed=SEEDS)

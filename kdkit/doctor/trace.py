@@ -98,11 +98,13 @@ class Trace:
     def planned_end(self) -> int | None:
         """The step at which it was to end, in what the log counts; from the epochs where only they are planned."""
         named = self.planned.num_batches or self.planned.num_steps
-        epoch = self.train.get("epoch")
-        if named or epoch is None or self.planned.num_epochs is None or not epoch.finite.values[-1:].any():
+        if named or self.planned.num_epochs is None or "epoch" not in self.train:
             return named
-        epoch = epoch.finite
-        return max(round(int(epoch.steps[-1]) * self.planned.num_epochs / float(epoch.values[-1])), 1)
+        epochs = self.train["epoch"].finite
+        if not len(epochs):
+            return None
+        steps_per_epoch = float(epochs.steps[-1]) / max(float(epochs.values[-1]), 1e-6)
+        return max(round(min(steps_per_epoch * self.planned.num_epochs, 2.0**53)), 1)
 
     @property
     def last_step(self) -> int:

@@ -173,8 +173,8 @@ def check_oscillation(trace: Trace) -> Iterator[Observation]:
         at = int(np.argmax(np.abs(np.diff(loss.values))))
         (step, later), (here, there) = loss.steps[at : at + 2], loss.values[at : at + 2]
         yield warn(
-            f"{turns.sum()} of {len(turns)} rows turn back, by {jump / level:.0%} of the loss; {here:.4g} at step {step}, "
-            f"{there:.4g} at step {later}"
+            f"{turns.sum()} of {len(turns)} rows turn back, by {jump / level:.0%} of the loss; {here:.4g} at step "
+            f"{step}, {there:.4g} at step {later}"
         )
 
 

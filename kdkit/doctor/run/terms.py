@@ -1,6 +1,7 @@
 """The terms of a loss, one by one: their scale, their share, their sum, and whether they are there."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -64,7 +65,7 @@ SCALE = Check(
 
 def check_dominance(trace: Trace) -> Iterator[Observation]:
     """A term makes far more of the total than its weight asks for."""
-    weighted, weights = _weighted(trace.train), _weights(trace)
+    weighted, weights = _weighted(trace), _weights(trace)
     if trace.last_step < LEAST_STEPS:
         raise NotApplicable(f"{LEAST_STEPS} steps")
     if len(weighted) < 2 or any(len(series) < LEAST_ROWS for series in weighted.values()):
@@ -72,8 +73,10 @@ def check_dominance(trace: Trace) -> Iterator[Observation]:
     late = {name: float(np.median(series.values[-(len(series) // 2) :])) for name, series in weighted.items()}
     given = {name: float(weights[name].values[-1]) for name in weighted}
     total, all_weights = sum(map(abs, late.values())), sum(given.values())
+    if not total > 0 or not all_weights > 0:
+        return
     for name, value in late.items():
-        share = abs(value) / total if total else 0.0
+        share = abs(value) / total
         if share >= DOMINANT_SHARE and share >= DOMINANT_RATIO * given[name] / all_weights > 0:
             yield warn(
                 f"{name}: {share:.0%} of the weighted total in the second half of the log, {given[name]:g} of the "
@@ -240,20 +243,21 @@ LOAD_BALANCE = Check(
 
 def _weights(trace: Trace) -> dict[str, Series]:
     """Term -> its weight over the run."""
-    return {name.removeprefix("weight/"): series for name, series in trace.train.items() if name.startswith("weight/")}
+    weights = {name: series.finite for name, series in trace.train.items() if name.startswith("weight/")}
+    return {name.removeprefix("weight/"): series for name, series in weights.items() if len(series)}
 
 
-def _weighted(figures: Mapping[str, Series]) -> dict[str, Series]:
+def _weighted(trace: Trace) -> dict[str, Series]:
     """Term -> what it adds to the total: as logged, or the part times its weight."""
     found = {}
-    for name, weight in figures.items():
-        term = name.removeprefix("weight/")
-        part = figures.get(f"part/{term}")
-        if not name.startswith("weight/") or not weight.values.any() or part is None:
+    for term, weight in _weights(trace).items():
+        logged, part = trace.train.get(f"weighted/{term}"), trace.train.get(f"part/{term}")
+        if not weight.values.any() or part is None:
             continue
-        logged, part = figures.get(f"weighted/{term}"), part.finite
-        values = part.values * _at(weight, part.steps) if len(part) else part.values
-        found[term] = logged.finite if logged is not None else Series(term, part.steps, values)
+        part = part.finite
+        found[term] = (
+            logged.finite if logged is not None else replace(part, values=part.values * _at(weight, part.steps))
+        )
     return found
 
 
