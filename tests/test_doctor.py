@@ -35,7 +35,7 @@ FAULTS = {
         "KD220": "evaluation loss 101.4 at step 3000, its terms times their weights make 18.928",
     },
     "001-stretched": {
-        "KD202": "95% of its peak 5e-05 at step 75,000, the last of 75,000; gradients were accumulated over 16"
+        "KD202": "heads for 0 at step 1,199,461, 16.0 times the run of 75,000; gradients were accumulated"
     },
     "001-scheduler": {"KD218": "scheduler cosine is named, the learning rate 5e-05 at step 8,000"},
     "002": {
@@ -62,6 +62,9 @@ FAULTS = {
     },
 }
 """Seed -> what of its log is a fault, and some of what is said of it."""
+
+
+TENS = range(10, 501, 10)
 
 
 def diagnose(folder: Path, text: str, name: str = "log.txt") -> Diagnosis:
@@ -175,8 +178,15 @@ class TestChecks:
             return json.dumps({"max_steps": 500, "log_history": rows})
 
         assert not diagnose(tmp_path, state(500), "trainer_state.json").findings
-        stretched = next(f for f in diagnose(tmp_path, state(1000), "trainer_state.json").findings if f.code == "KD202")
+        (stretched,) = diagnose(tmp_path, state(1000), "trainer_state.json").findings
+        assert (stretched.code, stretched.severity) == ("KD202", "warn")
         assert "heads for 0 at step 1,000, 2.0 times the run of 500" in stretched.evidence
+
+    @pytest.mark.parametrize(("factor", "codes"), [(1, set()), (4, {"KD202"}), (16, {"KD202"})])
+    def test_a_trainer_state_of_a_run_that_is_over(self, factor: int, codes: set[str], tmp_path: Path) -> None:
+        rows = [{"step": step, "learning_rate": 1 - step / 500 / factor, "loss": 3 - step / 400} for step in (1, *TENS)]
+        state = json.dumps({"max_steps": 500, "log_history": rows})
+        assert diagnose(tmp_path, state, "trainer_state.json").codes == codes
 
     def test_the_end_of_a_run_planned_in_epochs(self, tmp_path: Path) -> None:
         (tmp_path / "config.yaml").write_text("optim: {scheduler: linear, epochs: 2}")

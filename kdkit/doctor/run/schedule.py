@@ -11,6 +11,8 @@ from kdkit.doctor.trace import Series, Trace
 
 UNFINISHED_FRACTION = 0.5
 """Of the peak: what a decaying learning rate must have left behind at the end of a run."""
+OVER_FRACTION = 0.98
+"""Of the planned steps: the last log row may come before the last step."""
 STRETCHED_RATIO = 1.5
 """Of a schedule's own end to the run's: accumulation stretches by 2 at least, a few epochs' rounding by far less."""
 FITS_FRACTION = 0.005
@@ -18,7 +20,11 @@ FITS_FRACTION = 0.005
 MISSES_FRACTION = 0.02
 """Of the peak: what a curve misses by that is another one."""
 LEAST_DECLINE_FRACTION = 0.1
-"""Of the peak: before that much is gone, printed digits do not tell where a curve ends."""
+"""Of the peak: before that much is gone, printed digits and warm-up's end do not tell where a curve leads."""
+LEAST_DECLINE_AT_END_FRACTION = 0.01
+"""Of the peak, in a run that is over: accumulation over 16 leaves 94 % or more of the peak."""
+FITS_DECLINE_FRACTION = 0.05
+"""Of the decline: what a curve may miss by and still tell where it ends."""
 LEAST_POINTS = 6
 """Of a curve, so that one with two free numbers can miss."""
 MOST_POINTS = 200
@@ -36,6 +42,13 @@ class Curve:
     """Step at which it reaches 0; infinite where it does not."""
     miss: float
     """Largest distance to the learning rate, as a share of its peak."""
+    decline: float
+    """Of the learning rate from its peak on, as a share of it."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether it is the one."""
+        return self.miss <= min(FITS_FRACTION, FITS_DECLINE_FRACTION * self.decline)
 
 
 def check_learning_rate_zero(trace: Trace) -> Iterator[Observation]:
@@ -61,25 +74,21 @@ def check_schedule_length(trace: Trace) -> Iterator[Observation]:
     """A decaying learning rate that ends long after the run does."""
     rate, total = trace.series("learning_rate", at_least=3).finite, trace.planned_end
     named, decay = _family(trace.planned.scheduler), _decay(rate)
-    if total is None or named == "constant":
-        raise NotApplicable("how long the run was to be, with a learning rate that decays")
+    is_unknown = named is None and trace.planned.scheduler is not None
+    if total is None or named == "constant" or is_unknown:
+        raise NotApplicable("how long the run was to be, with a learning rate that goes to 0")
+    is_over = bool(len(rate)) and rate.steps[-1] >= OVER_FRACTION * total
+    least = LEAST_DECLINE_AT_END_FRACTION if is_over else LEAST_DECLINE_FRACTION
+    end = min((curve.end for curve in _curves(decay, least_decline=least) if curve.fits), default=0.0)
     factor = f"; gradients were accumulated over {trace.planned.accumulation}" if trace.planned.accumulation else ""
-    end = min((curve.end for curve in _curves(decay) if curve.miss <= FITS_FRACTION), default=0.0)
     if np.isfinite(end) and end > STRETCHED_RATIO * total:
         evidence = f"learning rate {_from_peak(decay)} heads for 0 at step {end:,.0f}, {end / total:.1f} times the run"
         yield fail(f"{evidence} of {total:,}{factor}") if named else warn(f"{evidence} of {total:,}{factor}")
-    elif named and _is_high_at_end(rate, total):
+    elif named and is_over and rate.values[-1] > UNFINISHED_FRACTION * rate.values.max():
         yield fail(
             f"{named} schedule at {rate.values[-1] / rate.values.max():.0%} of its peak {rate.values.max():.3g} at "
             f"step {rate.steps[-1]:,}, the last of {total:,}{factor}"
         )
-
-
-def _is_high_at_end(rate: Series, total: int) -> bool:
-    """At the planned end more than half of the peak is left."""
-    if not len(rate) or rate.steps[-1] < 0.98 * total:
-        return False
-    return bool(rate.values[-1] > UNFINISHED_FRACTION * rate.values.max())
 
 
 SCHEDULE_LENGTH = Check(
@@ -101,7 +110,7 @@ def check_scheduler(trace: Trace) -> Iterator[Observation]:
     decay = _decay(rate)
     curves = {curve.family: curve for curve in _curves(decay)}
     seen = min(curves.values(), key=lambda curve: curve.miss, default=None)
-    if seen is None or seen.miss > FITS_FRACTION:
+    if seen is None or not seen.fits:
         raise NotApplicable("a learning rate that has left its peak behind along one curve")
     if named not in curves or curves[named].miss > MISSES_FRACTION:
         missed = f"; a {named} one misses by {curves[named].miss:.1%}" if named in curves else ""
@@ -139,10 +148,10 @@ def _decay(rate: Series) -> Series:
     return Series(rate.name, rate.steps[chosen], values[chosen])
 
 
-def _curves(decay: Series) -> list[Curve]:
+def _curves(decay: Series, *, least_decline: float = LEAST_DECLINE_FRACTION) -> list[Curve]:
     """The decays through a learning rate's points; none where they are too few or have hardly fallen."""
     values, steps = decay.values, decay.steps.astype(float)
-    is_short = len(values) < LEAST_POINTS or values[-1] > (1 - LEAST_DECLINE_FRACTION) * values[0]
+    is_short = len(values) < LEAST_POINTS or values[-1] > (1 - least_decline) * values[0]
     if is_short or (np.diff(values) > 0).any() or np.ptp(steps) == 0:
         return []
     return [_line(steps, values / values[0]), _half_cosine(steps, values / values[0])]
@@ -151,7 +160,7 @@ def _curves(decay: Series) -> list[Curve]:
 def _line(steps: np.ndarray, shares: np.ndarray) -> Curve:
     slope, start = _straight(steps, shares)
     end = float(-start / slope) if slope < 0 else np.inf
-    return Curve("linear", end, float(np.abs(start + slope * steps - shares).max()))
+    return Curve("linear", end, float(np.abs(start + slope * steps - shares).max()), float(1 - shares[-1]))
 
 
 def _straight(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -170,8 +179,9 @@ def _half_cosine(steps: np.ndarray, shares: np.ndarray) -> Curve:
     misses = np.abs(curves - shares[:, None]).max(axis=0)
     best = int(np.argmin(np.where(slopes > 0, misses, np.inf)))
     if slopes[best] <= 0:
-        return Curve("cosine", np.inf, np.inf)
-    return Curve("cosine", float((np.pi - starts[best]) / slopes[best]), float(misses[best]))
+        return Curve("cosine", np.inf, np.inf, 0.0)
+    end = (np.pi - starts[best]) / slopes[best]
+    return Curve("cosine", float(end), float(misses[best]), float(1 - shares[-1]))
 
 
 def _from_peak(decay: Series) -> str:
