@@ -469,5 +469,5 @@ class TestHealthy:
         guarded = [run for run in REAL if run["config"]["guarded"]]
         assert len(guarded) >= 20
         for run in guarded:
-            for length in range(1, len(run["rows"]) + 1, 3):
+            for length in range(1, len(run["rows"]) + 1, 5):
                 assert "KD214" not in diagnose_rows(tmp_path, run["config"], run["rows"][:length]).codes

@@ -15,7 +15,8 @@ LEAST_LINES = 10_000
 SESSION_HOURS = 12.0
 """After which Kaggle ends a session, and others do so sooner."""
 LEAST_TIMED_ROWS = 4
-"""Rows whose time is known: the first one loads, compiles and fills caches."""
+LEAST_TIMED_SECONDS = 60.0
+"""A start says nothing: the first steps load, compile and fill caches."""
 
 
 def check_memory(trace: Trace) -> Iterator[Observation]:
@@ -114,11 +115,11 @@ def check_time_left(trace: Trace) -> Iterator[Observation]:
     seconds, total = trace.series("seconds", at_least=LEAST_TIMED_ROWS).finite, trace.planned_end
     if total is None or len(seconds) < LEAST_TIMED_ROWS:
         raise NotApplicable("the time of each row, and how long the run was to be")
-    last = int(seconds.steps[-1])
+    last, timed = int(seconds.steps[-1]), float(seconds.values[1:].sum())
     steps = last - int(seconds.steps[0])
-    if last >= total or steps <= 0:
+    if last >= total or steps <= 0 or timed < LEAST_TIMED_SECONDS:
         return
-    pace = seconds.values[1:].sum() / steps
+    pace = timed / steps
     hours, left = total * pace / 3600, (total - last) * pace / 3600
     if hours > SESSION_HOURS:
         yield warn(

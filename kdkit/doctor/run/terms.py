@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -63,6 +64,16 @@ SCALE = Check(
 )
 
 
+class Summed(NamedTuple):
+    """A total beside the sum of its terms, at the last row that has all."""
+
+    step: int
+    total: float
+    due: float
+    miss: float
+    """The least that any reading of the terms misses the totals by: median over rows, as a share."""
+
+
 def check_dominance(trace: Trace) -> Iterator[Observation]:
     """A term makes far more of the total than its weight asks for."""
     weighted, weights = _weighted(trace), _weights(trace)
@@ -108,9 +119,10 @@ def check_sum(trace: Trace) -> Iterator[Observation]:
     }
     if not sums:
         raise NotApplicable("a total beside terms and their weights")
-    for when, (step, total, due, miss) in sums.items():
-        if miss > SUM_FRACTION:
-            yield fail(f"{when} loss {total:.5g} at step {step}, its terms times their weights make {due:.5g}")
+    for when, found in sums.items():
+        if found.miss > SUM_FRACTION:
+            evidence = f"{when} loss {found.total:.5g} at step {found.step}"
+            yield fail(f"{evidence}, its terms times their weights make {found.due:.5g}")
 
 
 def _with_temperature(trace: Trace) -> Mapping[str, Series]:
@@ -118,8 +130,8 @@ def _with_temperature(trace: Trace) -> Mapping[str, Series]:
     return {name: trace.train[name] for name in ("kd_temperature",) if name in trace.train} | dict(trace.evals)
 
 
-def _sums(figures: Mapping[str, Series], weights: Mapping[str, Series]) -> tuple[int, float, float, float] | None:
-    """Step, total and sum at the last row that has all, and the least that any reading of the terms misses by."""
+def _sums(figures: Mapping[str, Series], weights: Mapping[str, Series]) -> Summed | None:
+    """Of the rows that hold a total and every term that has a weight; None where there are none."""
     parts = {name.removeprefix("part/"): series.finite for name, series in figures.items() if name.startswith("part/")}
     needed = {name for name, series in weights.items() if series.values.any()}
     if "loss" not in figures or not needed or not needed <= set(parts):
@@ -135,18 +147,19 @@ def _sums(figures: Mapping[str, Series], weights: Mapping[str, Series]) -> tuple
     readings = _readings(figures, parts, weights, steps)
     misses = [np.abs(total - due) / np.maximum(np.abs(total), 1e-12) for due in readings]
     plain = sum(_at(parts[name], steps[-1:])[0] * _at(weights[name], steps[-1:])[0] for name in needed)
-    return int(steps[-1]), float(total[-1]), float(plain), float(min(np.median(miss) for miss in misses))
+    return Summed(int(steps[-1]), float(total[-1]), float(plain), float(min(np.median(miss) for miss in misses)))
 
 
 def _readings(
     figures: Mapping[str, Series], parts: Mapping[str, Series], weights: Mapping[str, Series], steps: np.ndarray
 ) -> Iterator[np.ndarray]:
-    """What the total may be by: weights; weights and temperature squared; terms that are logged with their weight."""
+    """What the total may be: by weights, with temperature squared, of terms logged as weighted, or one term."""
     zero = np.zeros(len(steps))
     found = {name: _at(parts[name], steps) for name in parts if len(parts[name])}
     weighted = {name: found[name] * _at(weights[name], steps) for name in found if name in weights}
     yield sum(weighted.values(), zero)
     yield sum(found.values(), zero)
+    yield from found.values()
     if "kd_temperature" in figures:
         factor = _at(figures["kd_temperature"], steps) ** 2
         yield sum((value * (factor if name == "kd" else 1.0) for name, value in weighted.items()), zero)
@@ -173,15 +186,20 @@ def check_vanished(trace: Trace) -> Iterator[Observation]:
     if not parts:
         raise NotApplicable("the terms of the loss one by one")
     weights = _weights(trace)
-    if "rollout/gold_fraction" in trace.train:  # labels are only in the rows of the data
-        gold = trace.train["rollout/gold_fraction"]
-        parts = {name: _where(series, gold) for name, series in parts.items()}
+    if "rollout/gold_fraction" in trace.train:
+        parts = _labelled(parts, trace.train["rollout/gold_fraction"])
     for name, series in parts.items():
         if not len(series):
             continue
         if name not in weights or weights[name].values[-1] > 0:
             yield from _zeros(name, series.finite, is_weighted=name in weights)
             yield from _absence(name, series, parts)
+
+
+def _labelled(parts: Mapping[str, Series], gold: Series) -> dict[str, Series]:
+    """Where there are rows of the data, or else without the term that only they have: labels are not in own text."""
+    kept = {name: _where(series, gold) for name, series in parts.items()}
+    return kept if any(map(len, kept.values())) else {name: part for name, part in parts.items() if name != "lm"}
 
 
 def _zeros(name: str, part: Series, *, is_weighted: bool) -> Iterator[Observation]:
