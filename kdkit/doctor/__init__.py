@@ -9,7 +9,7 @@ import numpy as np
 
 from kdkit.doctor.findings import Check, Diagnosis, Finding, Observation, Severity, examine
 from kdkit.doctor.readers import read_traces
-from kdkit.doctor.run_checks import RUN_CHECKS
+from kdkit.doctor.run import RUN_CHECKS
 from kdkit.doctor.trace import Series, Trace
 
 __all__ = [

@@ -84,6 +84,8 @@ def _planned(config: Mapping[str, object], stage: str) -> Planned:
     scheduler, steps, warmup = (optim.get(name) for name in ("scheduler", "max_steps", "warmup_steps"))
     return Planned(
         num_steps=steps if _is_step(steps) else None,
+        num_epochs=_positive(optim.get("epochs")),
+        max_grad_norm=_positive(optim.get("max_grad_norm")),
         warmup_steps=warmup if _is_step(warmup) else None,
         scheduler=scheduler if isinstance(scheduler, str) else None,
     )
@@ -110,7 +112,10 @@ def _trainer_state(file: Path, text: str) -> Trace:
             figures.add_row(of_train, row["step"], is_eval=False)
             figures.add_row(of_eval, row["step"], is_eval=True)
     steps = state.get("max_steps")
-    return figures.trace(str(file), Planned(num_steps=steps if _is_step(steps) and steps else None))
+    planned = Planned(
+        num_steps=steps if _is_step(steps) and steps else None, num_epochs=_positive(state.get("num_train_epochs"))
+    )
+    return figures.trace(str(file), planned)
 
 
 # --- both ------------------------------------------------------------------------------------------------------------
@@ -122,6 +127,13 @@ def _json(text: str) -> object:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def _positive(value: object) -> float | None:
+    """A finite number above 0, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
+        return None
+    return float(value)
 
 
 def _is_step(value: object) -> TypeGuard[int]:

@@ -29,6 +29,8 @@ class Series:
     def finite(self) -> "Series":
         """Without what was no number."""
         kept = np.isfinite(self.values)
+        if kept.all():
+            return self
         return Series(self.name, self.steps[kept], self.values[kept])
 
 
@@ -56,9 +58,11 @@ class Planned:
     """Optimizer steps."""
     num_batches: int | None = None
     """Forward passes, where the log counts in them."""
+    num_epochs: float | None = None
     accumulation: int | None = None
     warmup_steps: int | None = None
     scheduler: str | None = None
+    max_grad_norm: float | None = None
     vocabulary: int | None = None
 
 
@@ -89,6 +93,18 @@ class Trace:
     def events_of(self, kind: str) -> list[Event]:
         """The events of a kind, in order."""
         return [event for event in self.events if event.kind == kind]
+
+    @property
+    def planned_end(self) -> int | None:
+        """The step at which it was to end, in what the log counts; from the epochs where only they are planned."""
+        named = self.planned.num_batches or self.planned.num_steps
+        if named or self.planned.num_epochs is None or "epoch" not in self.train:
+            return named
+        epochs = self.train["epoch"].finite
+        if not len(epochs):
+            return None
+        steps_per_epoch = float(epochs.steps[-1]) / max(float(epochs.values[-1]), 1e-6)
+        return max(round(min(steps_per_epoch * self.planned.num_epochs, 2.0**53)), 1)
 
     @property
     def last_step(self) -> int:

@@ -1,0 +1,249 @@
+"""The total loss and the gradient: no number, rising, standing still, unsteady."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from kdkit.doctor.findings import Check, NotApplicable, Observation, fail, warn
+from kdkit.doctor.run.sources import POST_MORTEMS
+from kdkit.doctor.trace import Series, Trace
+
+DIVERGED_RATIO = 2.0
+"""Of the loss at the end to its lowest level before."""
+LEAST_STEPS = 100
+"""Before which a loss may go anywhere."""
+STILL_FRACTION = 0.02
+"""By how much a loss has to fall from its first quarter to its last."""
+LEAST_TURNS = 1 / 3
+"""Of the rows: those above or below both their neighbours; pure noise has two thirds."""
+UNSTEADY_FRACTION = 0.12
+"""Of the loss: how far such a row typically lies off its neighbours' middle. Measured: at most 0.07 in runs of kdkit on
+one kind of rows, 0.19 in a log of single micro-batches."""
+LEAST_UNSTEADY_ROWS = 7
+SPIKE_RATIO = 2.0
+"""Of a row to the largest of the rows before and after it."""
+SPIKE_ROWS = 5
+"""Before and after."""
+GRADIENT_RATIO = 100.0
+"""Of the gradient norm at the end to its level before: more than any change of the weights of terms brings."""
+CLIPPED_RATIO = 10.0
+"""Of the gradient norm to the limit: where nine tenths of every step are cut, the learning rate means nothing."""
+LEAST_NORMS = 8
+
+
+def check_nonfinite(trace: Trace) -> Iterator[Observation]:
+    """A NaN or an infinity, in a figure or in words."""
+    for event in trace.events_of("nonfinite")[:1]:
+        replaced = ", and was replaced by 0" if "clamp" in event.text else ""
+        yield fail(f"{event}{replaced}{_after(trace, event.step) if replaced else ''}{_before(trace, event.step)}")
+    for name, series in trace.train.items():
+        broken = np.flatnonzero(~np.isfinite(series.values))
+        if len(broken) and (name == "loss" or name.startswith("part/")):
+            step = int(series.steps[broken[0]])
+            alone = _beside(trace, name, step)
+            yield fail(
+                f"{name} is no number at {len(broken)} log rows, first at step {step}{alone}{_before(trace, step)}"
+            )
+
+
+def _after(trace: Trace, step: int | None) -> str:
+    """The loss of the same logits went on without the part that was replaced."""
+    loss = trace.train["loss"].finite if "loss" in trace.train else None
+    if loss is None or step is None or not len(loss) or loss.steps[-1] < step:
+        return ""
+    at = int(np.searchsorted(loss.steps, step))
+    return (
+        f"; the rest of the loss stayed finite ({loss.values[at]:.4g} at step {loss.steps[at]}), so that the logits "
+        "did not overflow: most likely that batch had no labels"
+    )
+
+
+def _beside(trace: Trace, name: str, step: int) -> str:
+    """Other terms of the same step that are finite, where one is not."""
+    others = {other: series for other, series in trace.train.items() if other.startswith("part/") and other != name}
+    finite = [other for other, series in others.items() if step in series.finite.steps]
+    if name == "loss" or not finite:
+        return ""
+    return f", where {', '.join(finite)} is finite: most likely a batch without what this term counts, such as labels"
+
+
+def _before(trace: Trace, step: int | None) -> str:
+    """The last figures ahead of a step."""
+    said = []
+    for name in ("loss", "grad_norm", "learning_rate"):
+        series = trace.train.get(name)
+        if series is None or step is None:
+            continue
+        ahead = series.finite.values[series.finite.steps < step]
+        if len(ahead):
+            said.append(f"{name} {ahead[-1]:.4g}")
+    return f"; before it {', '.join(said)}" if said else ""
+
+
+NOT_FINITE = Check(
+    "KD206",
+    "no number",
+    "NaN or infinity in the loss, or a warning that one was replaced",
+    "Most often a batch without counted labels (a mean over nothing), or float16 weights or activations that "
+    "overflow. A temperature above 1 makes logits smaller, and softmax takes off the largest: neither overflows. A "
+    "replaced NaN leaves its gradient behind.",
+    "Stop at the first one and look at its batch; count labels before dividing; keep trained weights in float32.",
+    POST_MORTEMS,
+    check_nonfinite,
+)
+
+
+def _comparable_losses(trace: Trace) -> Series:
+    """The training loss, where its values over the run can be compared.
+
+    Raises:
+        NotApplicable: there are too few, or what it counts changed.
+    """
+    loss = trace.series("loss", at_least=4).finite
+    if len(loss) < 4 or loss.steps[-1] < LEAST_STEPS:
+        raise NotApplicable(f"four losses over {LEAST_STEPS} steps")
+    if any(name.startswith("weight/") and np.ptp(series.values) > 0 for name, series in trace.train.items()):
+        raise NotApplicable("a loss whose terms keep their weights")
+    gold = trace.train.get("rollout/gold_fraction")
+    if gold is not None and np.ptp(gold.values) > 0:
+        raise NotApplicable("a loss over the same share of labelled rows throughout")
+    return loss
+
+
+def _quarters(series: Series) -> tuple[float, float]:
+    """Medians of the first and of the last quarter."""
+    size = max(len(series) // 4, 1)
+    return float(np.median(series.values[:size])), float(np.median(series.values[-size:]))
+
+
+def check_divergence(trace: Trace) -> Iterator[Observation]:
+    """The loss ends far above where it had been."""
+    loss = _comparable_losses(trace)
+    size = max(len(loss) // 4, 1)
+    end = float(np.median(loss.values[-size:]))
+    lowest = int(np.argmin(loss.values[: len(loss) - size]))
+    if end > DIVERGED_RATIO * loss.values[lowest] and end > loss.values[lowest] + 1:
+        yield fail(
+            f"loss {loss.values[lowest]:.4g} at step {loss.steps[lowest]}, {end:.4g} in the last quarter, to step "
+            f"{loss.steps[-1]}"
+        )
+
+
+DIVERGENCE = Check(
+    "KD208",
+    "loss diverges",
+    "the loss ends far above its lowest level",
+    "The learning rate is too high, or the data changed: the student's own bad text took the place of the rows.",
+    "Lower the learning rate; guard the student's text, or train without it.",
+    POST_MORTEMS,
+    check_divergence,
+)
+
+
+def check_learning(trace: Trace) -> Iterator[Observation]:
+    """The loss stays where it began."""
+    loss = _comparable_losses(trace)
+    start, end = _quarters(loss)
+    if start > 1 and abs(end - start) < STILL_FRACTION * start:
+        yield warn(f"loss {start:.5g} in the first quarter of the log, {end:.5g} in the last, step {loss.steps[-1]}")
+
+
+LEARNING = Check(
+    "KD209",
+    "loss does not fall",
+    "the loss ends where it began",
+    "The weights do not move (see KD201), or what falls is too small beside what cannot.",
+    "Look at the change of the weights, and at each term alone.",
+    POST_MORTEMS,
+    check_learning,
+)
+
+
+def check_oscillation(trace: Trace) -> Iterator[Observation]:
+    """The loss jumps up and down from row to row."""
+    loss = _comparable_losses(trace)
+    if len(loss) < LEAST_UNSTEADY_ROWS:
+        raise NotApplicable(f"{LEAST_UNSTEADY_ROWS} rows of the loss")
+    values = loss.values[len(loss) // 4 :] if len(loss) >= 4 * LEAST_UNSTEADY_ROWS else loss.values
+    turns = np.diff(values)[1:] * np.diff(values)[:-1] < 0
+    if turns.mean() < LEAST_TURNS:
+        return
+    level = float(np.median(values))
+    jump = float(np.median(np.abs(values[1:-1] - (values[:-2] + values[2:]) / 2)[turns]))
+    if level > 0 and jump > UNSTEADY_FRACTION * level:
+        at = int(np.argmax(np.abs(np.diff(loss.values))))
+        (step, later), (here, there) = loss.steps[at : at + 2], loss.values[at : at + 2]
+        yield warn(
+            f"{turns.sum()} of {len(turns)} rows turn back, by {jump / level:.0%} of the loss; {here:.4g} at step "
+            f"{step}, {there:.4g} at step {later}"
+        )
+
+
+OSCILLATION = Check(
+    "KD221",
+    "loss oscillates",
+    "28, 22, 28, 28, 22, 20, 28 at rows 100 steps apart",
+    "Each row shows one micro-batch, not the mean since the last row: what is seen are the rows of the data. By itself "
+    "it says nothing of the training; a temperature of 3 does not bring it about. See whether the mean falls (KD209).",
+    "Log the mean over all micro-batches since the last row; only then judge whether the learning rate is too high.",
+    POST_MORTEMS,
+    check_oscillation,
+)
+
+
+def check_spikes(trace: Trace) -> Iterator[Observation]:
+    """Single losses far above those around them."""
+    loss = _comparable_losses(trace)
+    if len(loss) < 2 * SPIKE_ROWS + 1:
+        raise NotApplicable(f"{2 * SPIKE_ROWS + 1} rows of the loss")
+    windows = np.lib.stride_tricks.sliding_window_view(loss.values, 2 * SPIKE_ROWS + 1)
+    around = np.delete(windows, SPIKE_ROWS, axis=1).max(axis=1)
+    middle = windows[:, SPIKE_ROWS]
+    spikes = np.flatnonzero((middle > SPIKE_RATIO * around) & (middle > around + 1))
+    if len(spikes):
+        at = int(spikes[0]) + SPIKE_ROWS
+        yield warn(
+            f"loss {loss.values[at]:.4g} at step {loss.steps[at]}, at most {around[spikes[0]]:.4g} in the "
+            f"{SPIKE_ROWS} rows before and after; {len(spikes)} such rows"
+        )
+
+
+SPIKES = Check(
+    "KD222",
+    "loss spikes",
+    "single rows at more than twice the loss around them",
+    "A batch with rows unlike the others (very long, or in another language), or a learning rate at the edge of what "
+    "the student stands.",
+    "Look at the rows of that step; clip gradients at 1; lower the learning rate if spikes grow.",
+    "practice of large-model training, such as arXiv:2204.02311, section 5.1",
+    check_spikes,
+)
+
+
+def check_gradient(trace: Trace) -> Iterator[Observation]:
+    """The gradient norm is 0, explodes, or is cut to a small share at every step."""
+    norm = trace.series("grad_norm", at_least=LEAST_NORMS).finite
+    if len(norm) < LEAST_NORMS:
+        raise NotApplicable(f"{LEAST_NORMS} gradient norms that are finite")
+    if not norm.values.any():
+        yield fail(f"gradient norm 0 at all {len(norm)} log rows, steps {norm.steps[0]} to {norm.steps[-1]}")
+        return
+    size = len(norm) // 4
+    before, end = float(np.median(norm.values[:-size])), float(np.median(norm.values[-size:]))
+    if end > GRADIENT_RATIO * before > 0:
+        yield fail(f"gradient norm {before:.3g} up to step {norm.steps[-size - 1]}, {end:.3g} after it")
+    limit, level = trace.planned.max_grad_norm, float(np.median(norm.values))
+    if limit and level > CLIPPED_RATIO * limit:
+        yield warn(f"gradient norm {level:.3g} (median of {len(norm)} rows), clipped at {limit:g} at every step")
+
+
+GRADIENT = Check(
+    "KD223",
+    "gradient norm",
+    "a gradient norm of 0, a hundred times its level before, or ten times the limit at every step",
+    "0: the loss hangs on nothing that is trained. Growing: the learning rate is too high. Always clipped: the loss is "
+    "summed where it should be averaged, and every step has the same length whatever the learning rate was meant for.",
+    "0: see what requires a gradient. Else average the loss over counted tokens, and lower the learning rate.",
+    "Pascanu et al. 2013, arXiv:1211.5063",
+    check_gradient,
+)
