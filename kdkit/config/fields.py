@@ -272,6 +272,11 @@ class DoctorConfig(Part):
     every_steps: Limit = 100
     """Optimizer steps between two looks besides the one at each evaluation; 0: none."""
 
+    @field_validator("on_fail", mode="before")
+    @classmethod
+    def _off_is_no_boolean(cls, value: object) -> object:
+        return "off" if value is False else value  # what YAML reads a bare off as
+
 
 class DistillConfig(Part):
     """One run: a base and the stages that override it, in order."""
