@@ -36,7 +36,7 @@ def written() -> Iterator[str]:
             yield from _check(check)
     yield from ("## What the post-mortems said", "", _BEGIN, "")
     for run, what in RUNS.items():
-        yield from (f"### {run}: {_marked(what)}", "")
+        yield from (f"### Post-mortem {run}", "", f"{_marked(what[0].upper() + what[1:])}.", "")
         yield from _lessons([lesson for lesson in LESSONS if lesson.run == run])
 
 
@@ -44,8 +44,9 @@ def _check(check: Check) -> Iterator[str]:
     when = "afterwards, and while a run trains" if check.live else "afterwards"
     yield from (f"({check.code.lower()})=", f"### {check.code}: {_marked(check.name)}", "")
     parts = {"Symptom": check.symptom, "Cause": check.cause, "Fix": check.fix, "Source": check.source, "Asked": when}
+    yield from ("```{container} check", "")
     yield from (f":{name}: {_marked(text)}" for name, text in parts.items())
-    yield ""
+    yield from ("```", "")
 
 
 def _lessons(lessons: Sequence[Lesson]) -> Iterator[str]:

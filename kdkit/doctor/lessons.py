@@ -32,7 +32,7 @@ LESSONS = (
         "Fault, and rightly explained: text of a weak student takes the place of the rows, and makes it weaker.",
         ("KD214",),
     ),
-    Lesson("000", "The total loss rises from 8 to 47.", "Fault: a loss that ends so far above its start.", ("KD208",)),
+    Lesson("000", "The total loss rises from 8 to 47.", "Fault: it ends far above where it had been.", ("KD208",)),
     Lesson("000", "Exact match falls from 2.8 % to 0.", "Fault: it follows the ROUGE-L.", ("KD215",)),
     Lesson("000", "The run never evaluated and never saved: both intervals were -1.", "Fault, known from the config."),
     Lesson(
