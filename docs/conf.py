@@ -23,6 +23,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_click",
     "extensions.docstrings",
+    "extensions.doctor",
     "extensions.fields",
     "extensions.gallery",
     "extensions.names",
@@ -64,7 +65,7 @@ nb_execution_timeout = -1  # how long is the size's business
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_merge_streams = True
-myst_enable_extensions = ["colon_fence"]
+myst_enable_extensions = ["colon_fence", "fieldlist"]
 myst_heading_anchors = 3
 
 html_theme = "furo"

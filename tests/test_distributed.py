@@ -71,6 +71,7 @@ class TestTwoProcesses:
         expected = rows_of(trainer, "eval")[0]
         for key in ("loss", "cross_entropy"):
             assert measured[key] == pytest.approx(expected[key], rel=1e-4)
+        assert measured["rows_digest"] == expected["rows_digest"]
 
     def test_of_batch_4_are_one_of_batch_8_on_a_given_text_of_the_student(self, pair, tmp_path):
         """The counts are those of the text that came in, over both processes, not those of the rows it replaced."""

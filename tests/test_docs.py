@@ -1,6 +1,7 @@
 """The docs: what is public says what it is, and the pages show it, with the notebooks and their pictures."""
 
 import ast
+import html
 import os
 import re
 import shutil
@@ -10,6 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from kdkit.doctor import RUN_CHECKS
+from kdkit.doctor.lessons import LESSONS
 
 ROOT = Path(__file__).resolve().parent.parent
 SPHINX = ("furo", "myst_nb", "sphinx", "sphinx_click")
@@ -131,6 +135,33 @@ class TestRestructured:
         assert made == f"Sum.\n\n\n:Source: Blondel 2021, {link}. Differs: in\n    one thing."
 
 
+@needs_sphinx
+class TestDoctorPage:
+    """The end of docs/doctor.md."""
+
+    @pytest.fixture
+    def page(self, monkeypatch):
+        monkeypatch.syspath_prepend(ROOT / "docs")
+        from extensions import doctor
+
+        return doctor
+
+    def test_every_check_has_a_place_that_the_lessons_link_to(self, page):
+        text = "\n".join(page.written())
+        for check in (check for checks in page.CHECKS.values() for check in checks):
+            assert text.count(f"({check.code.lower()})=\n### {check.code}: ") == 1
+        assert set(re.findall(r"\]\(#(\w+)\)", text)) <= set(re.findall(r"^\((\w+)\)=$", text, re.MULTILINE))
+
+    def test_plain_text_is_no_markup_but_code_is_code_and_a_paper_is_a_link(self, page, monkeypatch):
+        look = page.RUN_CHECKS[0].look
+        made_up = page.Check("KD299", "a_*b*", "`a_b` < [c]", "cause", "fix", "X 2024, arXiv:2402.03898", look)
+        monkeypatch.setattr(page, "CHECKS", {"Made up": [made_up]})
+        text = "\n".join(page.written())
+        assert r"### KD299: a\_\*b\*" in text
+        assert r":Symptom: `a_b` \< \[c\]" in text
+        assert ":Source: X 2024, [arXiv:2402.03898](https://arxiv.org/abs/2402.03898)" in text
+
+
 def build(root):
     """Build the docs of a copy; returns the process."""
     home = root.parent / "home"
@@ -200,6 +231,11 @@ class TestPages:
     def test_every_command_is_there(self, built):
         commands = text_of(built / "build/docs/html/docs/commands.html")
         assert all(f"kdkit {name}" in commands for name in ("demo", "distill", "evaluate", "cache", "sweep"))
+
+    def test_every_check_and_lesson_of_the_doctor_is_there(self, built):
+        page = text_of(built / "build/docs/html/docs/doctor.html")
+        assert all(f"{check.code}: {check.name}" in page for check in RUN_CHECKS)
+        assert all(html.escape(lesson.said) in page for lesson in LESSONS)
 
     def test_index_leads_to_the_readme(self, built):
         pages = built / "build/docs/html"

@@ -28,6 +28,7 @@ FLOORS = (
         "training.run",
         "training.stage",
         "training.sweep",
+        "training.watching",
     ),
     ("memory.exact", "report", "training.trainer"),
     (

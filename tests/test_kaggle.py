@@ -116,7 +116,7 @@ class TestTable:
             (lambda t: t["wheels"]["registry"].append("torch==2.10.0"), "torch is never shipped: the image's is built"),
             (lambda t: t["wheels"]["registry"].append("NumPy"), "numpy is never shipped"),
             (lambda t: t["wheels"]["build"].append("ipywidgets"), "ipywidgets is never shipped"),
-            (lambda t: t["wheels"]["registry"].append("click>=8"), "wheels.registry.11"),
+            (lambda t: t["wheels"]["registry"].append("click>=8"), "wheels.registry.12"),
         ],
     )
     def test_what_kaggle_would_take_and_get_wrong_is_refused_by_name(self, checkout, change, message):

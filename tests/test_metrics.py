@@ -52,6 +52,19 @@ class TestMetricsFile:
             handle.write('{"kind": "tra')
         assert file.rows() == [row("a", 1)]
 
+    def test_reading_on_gives_each_row_once_and_only_when_it_is_whole(self, tmp_path):
+        file = MetricsFile(tmp_path / "metrics.jsonl")
+        assert file.rows_after(0) == ([], 0)
+        file.append(row("a", 1))
+        rows, place = file.rows_after(0)
+        with file.path.open("a") as handle:
+            handle.write('{"kind": "train", "stage": "ä", ')
+        assert (rows, file.rows_after(place)) == ([row("a", 1)], ([], place))
+        with file.path.open("a") as handle:
+            handle.write('"step": 2}\n')
+        rows, place = file.rows_after(place)
+        assert (rows, place) == ([row("ä", 2)], file.path.stat().st_size)
+
     def test_what_is_not_finite_becomes_null(self, tmp_path):
         file = MetricsFile(tmp_path / "metrics.jsonl")
         file.append(row("a", 1, loss=math.nan))

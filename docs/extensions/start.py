@@ -9,6 +9,7 @@ CONTENTS = """
 
 docs/gallery
 docs/commands
+docs/doctor
 **/README
 API <docs/api/kdkit>
 ```

@@ -262,6 +262,22 @@ class LoggingConfig(Part):
     """Trackers of transformers that also get the figures, for instance [tensorboard]."""
 
 
+class DoctorConfig(Part):
+    """Looks at the log while it is written, by those checks of `kdkit doctor` that an unfinished run can answer. What
+    they find is said once, and stands in metrics.jsonl."""
+
+    on_fail: Literal["warn", "stop", "off"] = "warn"
+    """stop: what spoils the run ends it, saved and with exit code 1, from its 100th step on; a resume may set warn to
+    go on all the same. off: nobody looks."""
+    every_steps: Limit = 100
+    """Optimizer steps between two looks besides the one at each evaluation; 0: none."""
+
+    @field_validator("on_fail", mode="before")
+    @classmethod
+    def _off_is_no_boolean(cls, value: object) -> object:
+        return "off" if value is False else value  # what YAML reads a bare off as
+
+
 class DistillConfig(Part):
     """One run: a base and the stages that override it, in order."""
 
@@ -274,6 +290,7 @@ class DistillConfig(Part):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    doctor: DoctorConfig = DoctorConfig()
     stages: dict[str, dict[str, JsonValue]] = Field(default={"distill": {}}, min_length=1)
     """Each stage and what it overrides, in order: {warm_start: {optim: {max_steps: 100}}, distill: {}}."""
     seed: int = Field(default=10, ge=0, lt=2**31)

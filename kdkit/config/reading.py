@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from kdkit.config.fields import DistillConfig
 from kdkit.errors import UserError
 
-STAGE_PARTS = frozenset({"data", "objective", "rollout", "optim", "evaluation", "checkpoint", "logging"})
+STAGE_PARTS = frozenset({"data", "objective", "rollout", "optim", "evaluation", "checkpoint", "logging", "doctor"})
 Tree = dict[str, JsonValue]
 
 

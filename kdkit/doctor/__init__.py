@@ -10,7 +10,7 @@ import numpy as np
 from kdkit.doctor.findings import Check, Diagnosis, Finding, Observation, Severity, examine
 from kdkit.doctor.readers import read_traces
 from kdkit.doctor.run import RUN_CHECKS
-from kdkit.doctor.trace import Series, Trace
+from kdkit.doctor.trace import Planned, Series, Trace
 
 __all__ = [
     "RUN_CHECKS",
@@ -18,6 +18,7 @@ __all__ = [
     "Diagnosis",
     "Finding",
     "Observation",
+    "Planned",
     "Series",
     "Severity",
     "Trace",

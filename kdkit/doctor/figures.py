@@ -38,6 +38,8 @@ NAMES = {
     "temperature": "kd_temperature",
 }
 """What other trainers call a figure, in lower case -> its name in metrics.jsonl."""
+DIGESTS = ("rows_digest", "texts_digest")
+"""Of an evaluation: which rows were read, and what the student answered."""
 
 
 @dataclass
@@ -47,23 +49,26 @@ class Figures:
     train: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     evals: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
+    digests: dict[str, dict[int, str]] = field(default_factory=dict)
 
     def add(self, name: str, step: int, value: float, *, is_eval: bool) -> None:
         """One value."""
         (self.evals if is_eval else self.train).setdefault(name, []).append((step, value))
 
     def add_row(self, row: Mapping[str, object], step: int, *, is_eval: bool) -> None:
-        """A row of named figures; null is a figure that was not finite, text and lists are none."""
+        """A row of named figures; null is a figure that was not finite; text is none, but for digests."""
         for name, value in row.items():
             known = NAMES.get(name.lower(), name)
             if value is None:
                 self.add(known, step, math.nan, is_eval=is_eval)
             elif isinstance(value, int | float) and not isinstance(value, bool):
                 self.add(known, step, _float(value), is_eval=is_eval)
+            elif is_eval and isinstance(value, str) and name in DIGESTS:
+                self.digests.setdefault(name, {})[step] = value
 
     def trace(self, source: str, planned: Planned, *, num_lines: int | None = None) -> Trace:
         """All of it."""
-        return Trace(source, _series(self.train), _series(self.evals), self.events, planned, num_lines)
+        return Trace(source, _series(self.train), _series(self.evals), self.events, planned, num_lines, self.digests)
 
 
 def _series(figures: Mapping[str, Iterable[tuple[int, float]]]) -> dict[str, Series]:

@@ -66,6 +66,8 @@ class Check(Generic[Subject]):
     Raises:
         NotApplicable: the subject does not hold what is asked for.
     """
+    live: bool = True
+    """Whether what it sees in an unfinished run can be relied on."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a run left of itself, whoever trained it: named figures over steps, and events."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -77,6 +77,8 @@ class Trace:
     planned: Planned = Planned()
     num_lines: int | None = None
     """Of a text log."""
+    digests: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    """What of an evaluation was hashed, `rows_digest` and `texts_digest` -> step -> digest."""
 
     def series(self, name: str, *, at_least: int = 1) -> Series:
         """A figure of training.
@@ -93,6 +95,19 @@ class Trace:
     def events_of(self, kind: str) -> list[Event]:
         """The events of a kind, in order."""
         return [event for event in self.events if event.kind == kind]
+
+    def followed_by(self, later: "Trace") -> "Trace":
+        """With what was logged after it, which names no earlier step."""
+        return replace(
+            self,
+            train=_joined(self.train, later.train),
+            evals=_joined(self.evals, later.evals),
+            events=[*self.events, *later.events],
+            digests={
+                name: {**self.digests.get(name, {}), **later.digests.get(name, {})}
+                for name in self.digests.keys() | later.digests.keys()
+            },
+        )
 
     @property
     def planned_end(self) -> int | None:
@@ -111,6 +126,17 @@ class Trace:
         """The highest that is named; 0 where none is."""
         ends = [int(series.steps[-1]) for figures in (self.train, self.evals) for series in figures.values()]
         return max(ends, default=0)
+
+
+def _joined(before: Mapping[str, Series], after: Mapping[str, Series]) -> dict[str, Series]:
+    joined = dict(before)
+    for name, series in after.items():
+        held = before.get(name)
+        if held is not None:
+            steps = np.concatenate([held.steps, series.steps])
+            series = Series(name, steps, np.concatenate([held.values, series.values]))
+        joined[name] = series
+    return joined
 
 
 def _taken(figures: Mapping[str, Series], name: str, at_least: int, when: str) -> Series:

@@ -6,6 +6,7 @@ from kdkit.evaluation.generation import (
     end_of_text_ids,
     evaluating,
     generate_answers,
+    texts_digest,
 )
 from kdkit.evaluation.measuring import (
     Evaluation,
@@ -48,4 +49,5 @@ __all__ = [
     "read_predictions",
     "rouge_l",
     "score_predictions",
+    "texts_digest",
 ]

@@ -1,5 +1,7 @@
 """A model's answers to prompts, batched; nothing else of the model or the process changes."""
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -62,6 +64,12 @@ class Answer:
     def num_tokens(self) -> int:
         """Tokens produced, the end-of-text token included."""
         return len(self.token_ids)
+
+
+def texts_digest(answers: Sequence[Answer]) -> str:
+    """16 hex digits that two lists of answers share where every token of every answer is the same, in order."""
+    said = json.dumps([answer.token_ids for answer in answers])
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def generate_answers(

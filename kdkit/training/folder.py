@@ -124,14 +124,14 @@ class RunFolder:
             raise UserError(f"--output {self.path} exists and is not empty: {hint}give another folder")
 
 
-OF_THE_MACHINE = {"teacher.device"}
+OF_THE_SESSION = {"teacher.device", "doctor.on_fail", "doctor.every_steps"}
 """Fields that another session may have to set otherwise; they do not change the run."""
 
 
 def _differences(held: DistillConfig, given: DistillConfig) -> Iterator[str]:
     """Fields in which two configs differ."""
     before, after = _flat(yaml.safe_load(dump_config(held))), _flat(yaml.safe_load(dump_config(given)))
-    for name in sorted((before.keys() | after.keys()) - OF_THE_MACHINE):
+    for name in sorted((before.keys() | after.keys()) - OF_THE_SESSION):
         if before.get(name) != after.get(name):
             yield f"{name}: {before.get(name)} there, {after.get(name)} given"
 

@@ -93,10 +93,17 @@ class MetricsFile:
 
     def rows(self) -> list[dict]:
         """All whole rows; a last line that was cut off by a crash is left out."""
+        return self.rows_after(0)[0]
+
+    def rows_after(self, place: int) -> tuple[list[dict], int]:
+        """Whole rows from a byte of the file on, and the byte after the last of them."""
         if not self.path.is_file():
-            return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
+            return [], place
+        with self.path.open("rb") as file:
+            file.seek(place)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        return [json.loads(line) for line in whole.split(b"\n") if line], place + len(whole)
 
     def cut(self, stage: str, *, step: int) -> None:
         """Drop what a stage wrote after a checkpoint that is now resumed.

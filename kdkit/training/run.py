@@ -19,7 +19,14 @@ from kdkit.config.reading import stage_config
 from kdkit.data.batch import DistillCollator, teacher_view
 from kdkit.data.rows import Rows
 from kdkit.errors import UserError
-from kdkit.evaluation import Evaluation, GenerationSettings, evaluate_model, generate_answers, score_predictions
+from kdkit.evaluation import (
+    Evaluation,
+    GenerationSettings,
+    evaluate_model,
+    generate_answers,
+    score_predictions,
+    texts_digest,
+)
 from kdkit.loading import (
     LORA_FOLDER,
     LogitsOverflow,
@@ -412,8 +419,8 @@ class _ValidationAnswers:
     processes: PartialState
     """Share the rows."""
 
-    def __call__(self, student: PreTrainedModel, limit: int | None) -> Mapping[str, float]:
-        """ROUGE-L, exact match, and how long and how complete the answers are.
+    def __call__(self, student: PreTrainedModel, limit: int | None) -> Mapping[str, float | str]:
+        """ROUGE-L, exact match, how long and how complete the answers are, and a digest of them.
 
         With a `limit`, for a first try, the longest prompts are answered: they show whether all fit.
         """
@@ -436,6 +443,7 @@ class _ValidationAnswers:
             "exact_match": scores.exact_match.value,
             "mean_tokens": sum(a.num_tokens for a in answers) / len(answers),
             "ended_fraction": sum(a.ended for a in answers) / len(answers),
+            "texts_digest": texts_digest(answers),
         }
 
 

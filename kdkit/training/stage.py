@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from kdkit.config import DistillConfig, EarlyStoppingConfig, EvaluationConfig
 from kdkit.data.batch import DistillCollator
+from kdkit.doctor import Planned
 from kdkit.errors import UserError
 from kdkit.loading import describe_model
 from kdkit.runtime import seed_everything
@@ -31,6 +32,7 @@ from kdkit.training.saving import ADAPTERS_FILE, AVERAGE_FOLDER, merge_student
 from kdkit.training.state import STATE_FILE
 from kdkit.training.stopping import StopRequest
 from kdkit.training.trainer import DistillTrainer, Generate
+from kdkit.training.watching import LiveDoctor
 
 OF_TRAINING = (
     checkpoint.SEAL,
@@ -97,7 +99,7 @@ def run_stage(
         callbacks: of whoever wants to watch.
     Raises:
         Interrupted: someone asked to stop; the last complete step is saved.
-        RunFailed: something was not finite, or a checkpoint could not be written.
+        RunFailed: something was not finite, a checkpoint could not be written, or the doctor gave the stage up.
     """
     (name,) = config.stages
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +115,8 @@ def run_stage(
         stop=stop,
         resumed_from=resumed_from,
     )
-    callbacks = [flow, ConsoleProgress(name), *callbacks]
+    doctor = _call_doctor(config, num_steps, metrics)
+    callbacks = [flow, ConsoleProgress(name), *doctor, *callbacks]
     trainer = _build_trainer(
         config, inputs, folder, num_steps=num_steps, metrics=metrics, stop=stop, controls=controls, callbacks=callbacks
     )
@@ -127,6 +130,8 @@ def run_stage(
     else:
         trainer.train(resume_from_checkpoint=str(resumed_from) if resumed_from else None)
     stop.check()
+    for watching in doctor:
+        watching.check()
     _leave_model(trainer, folder)
 
 
@@ -256,6 +261,20 @@ def _build_trainer(
         keep=config.checkpoint.keep,
         callbacks=callbacks,
     )
+
+
+def _call_doctor(config: DistillConfig, num_steps: int, metrics: MetricsFile) -> list[LiveDoctor]:
+    """The one who watches the stage, or nobody."""
+    (name,) = config.stages
+    if config.doctor.on_fail == "off":
+        return []
+    planned = Planned(
+        num_steps=num_steps,
+        accumulation=config.optim.accumulation,
+        warmup_steps=num_warmup_steps(config, num_steps),
+        scheduler=config.optim.scheduler,
+    )
+    return [LiveDoctor(config.doctor, stage=name, metrics=metrics, planned=planned)]
 
 
 def _build_model(config: DistillConfig, inputs: StageInputs) -> DistillModel:

@@ -5,6 +5,7 @@ DDP and FSDP, resuming. Each method below exists because the Trainer's own would
 docstring says how.
 """
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -51,11 +52,12 @@ from kdkit.training.rollout import Rollout
 from kdkit.training.saving import AVERAGE_FOLDER, StageWriter, read_student, write_student
 from kdkit.training.sharding import check_sharding
 from kdkit.training.state import StageState
-from kdkit.training.validation import measure_objective, shared_batches
+from kdkit.training.validation import measure_objective, noted_rows, shared_batches
 
 logger = logging.getLogger(__name__)
 
-Generate = Callable[[PreTrainedModel, int | None], Mapping[str, float]]
+Generate = Callable[[PreTrainedModel, int | None], Mapping[str, float | str]]
+"""Figures of the student's answers, and text about them that the log alone keeps."""
 
 
 class DistillTrainer(Trainer):
@@ -268,12 +270,14 @@ class DistillTrainer(Trainer):
             Figures under the names of metrics.jsonl, each with `eval_` before it.
         """
         with preserved_rng_state(), self._averaged():
-            figures = self._measure_objective(limit)
+            figures, texts = self._measure_objective(limit)
             if self.generate is not None and not self.is_fsdp_enabled:  # no process has a whole student under FSDP
-                figures |= self.generate(self.model.student, limit)
+                found = self.generate(self.model.student, limit)
+                figures |= {name: value for name, value in found.items() if not isinstance(value, str)}
+                texts |= {name: value for name, value in found.items() if isinstance(value, str)}
             self.accelerator.wait_for_everyone()
         if limit is None:
-            figures = self._take_up(figures)
+            figures = self._take_up(figures, texts)
         prefixed = {f"eval_{name}": value for name, value in figures.items()}
         if limit is None:
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, prefixed)
@@ -284,7 +288,7 @@ class DistillTrainer(Trainer):
         """The weights that are evaluated and left in place of those that are trained."""
         return nullcontext() if self.average is None else self.average.in_place()
 
-    def _take_up(self, figures: dict[str, float]) -> dict[str, float]:
+    def _take_up(self, figures: dict[str, float], texts: Mapping[str, str]) -> dict[str, float]:
         """Log an evaluation and let threshold, early stopping and the best student follow from it."""
         if self.accelerator.num_processes > 1:  # to the last bit: the same has to follow in all
             (figures,) = broadcast_object_list([figures])
@@ -299,7 +303,7 @@ class DistillTrainer(Trainer):
         if self.is_world_process_zero():
             note = "; ".join(filter(None, notes))
             place = {"kind": "eval", "stage": self.stage, "step": step}
-            self.metrics.append({**place, **figures, **({"note": note} if note else {})})
+            self.metrics.append({**place, **figures, **texts, **({"note": note} if note else {})})
             if note:
                 say(f"{self.stage} {step}: {note}")
         if self.early_stopping is not None and is_best:
@@ -308,9 +312,9 @@ class DistillTrainer(Trainer):
                 self.early_stopping.keep(self.writer, save, estimated_bytes=self._weight_bytes())
         return figures
 
-    def _measure_objective(self, limit: int | None) -> dict[str, float]:
-        """Objective and cross-entropy over the evaluation rows at this step's weights and temperature."""
-        rows = self.eval_dataset
+    def _measure_objective(self, limit: int | None) -> tuple[dict[str, float], dict[str, str]]:
+        """Objective and cross-entropy over the evaluation rows at this step, and a digest of the rows as they came."""
+        rows, digest = self.eval_dataset, hashlib.sha256()
         if limit is not None:
             rows = rows.select(range(min(limit, len(rows))))
         loader = DataLoader(rows, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
@@ -320,14 +324,15 @@ class DistillTrainer(Trainer):
             inputs = self._prepare_inputs(batch)
             return inputs, self._signal(inputs, moment)
 
-        return measure_objective(
+        figures = measure_objective(
             self.model_wrapped if self.is_fsdp_enabled else self.model,
             self.objective,
-            shared_batches(loader, self.accelerator),
+            shared_batches(noted_rows(loader, digest.update), self.accelerator),
             feed=feed,
             moment=moment,
             accelerator=self.accelerator,
         )
+        return figures, {"rows_digest": digest.hexdigest()[:16]}
 
     # ---- what is logged --------------------------------------------------------------------------------------
 

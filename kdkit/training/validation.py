@@ -20,6 +20,13 @@ Feed = Callable[[Batch], tuple[Batch, object]]
 """A batch on its device, with the teacher's signal for it."""
 
 
+def noted_rows(batches: Iterable[Batch], note: Callable[[bytes], object]) -> Iterator[Batch]:
+    """The batches as they are; the keys of their rows are noted as they come by."""
+    for batch in batches:
+        note(batch["row_keys"].tobytes())
+        yield batch
+
+
 def shared_batches(batches: Iterable[Batch], accelerator: Accelerator) -> Iterator[tuple[Batch, bool]]:
     """This process's batches; each process gets as many, so a repeated one is marked as not counted.
 
