@@ -193,10 +193,13 @@ def cache(
 def doctor(run: Path, as_json: bool) -> None:
     """Say what is wrong with RUN: its folder, a metrics.jsonl, a trainer_state.json or a text log of any trainer."""
     from kdkit.doctor import diagnose_run
-    from kdkit.doctor.showing import diagnosis_lines
+    from kdkit.doctor.showing import show_diagnosis
 
     diagnosis = diagnose_run(run)
-    click.echo(json.dumps(diagnosis.as_json, indent=1) if as_json else "\n".join(diagnosis_lines(diagnosis)))
+    if as_json:
+        click.echo(json.dumps(diagnosis.as_json, indent=1))
+    else:
+        show_diagnosis(diagnosis)
     if diagnosis.num_failures:
         sys.exit(1)
 

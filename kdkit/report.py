@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from kdkit.doctor import Diagnosis, diagnose_run
+from kdkit.doctor.page import diagnosis_html, diagnosis_style
 from kdkit.errors import UserError
 from kdkit.evaluation import mean_over_seeds, paired_difference
 from kdkit.plots import (
@@ -73,6 +75,7 @@ def write_report(
     *,
     title: str,
     finding: str | None = None,
+    doctor: Mapping[str, Diagnosis | str] | None = None,
     figures: Sequence[Illustration] = (),
     examples: Sequence[Example] = (),
     settings: Mapping[str, str] | None = None,
@@ -89,6 +92,7 @@ def write_report(
             `ended_fraction`, `num_rows` and `seeds`; a perplexity of None beside a cross_entropy is infinite.
         title: what was run.
         finding: what came out, one sentence without full stop; None takes `plots.comparison_finding`.
+        doctor: name of a run, empty where there is but one -> what is wrong with it, or why nobody knows.
         figures: in the order in which they are shown.
         examples: answers side by side.
         settings: name -> text of a config.
@@ -106,6 +110,9 @@ def write_report(
         finding=(finding or comparison_finding(comparison)).rstrip("."),
         comparison=_html_table(comparison),
         intervals_over=intervals_over(comparison),
+        doctor=doctor or {},
+        diagnosis_html=diagnosis_html,
+        diagnosis_style=diagnosis_style(),
         figures=[{"uri": _data_uri(shown.figure), "caption": shown.caption} for shown in figures],
         examples=examples,
         settings=settings or {},
@@ -135,6 +142,7 @@ def write_run_report(folder: str | Path) -> Path:
         run.folder / "report.html",
         comparison,
         title=f"Distillation run {run.folder.resolve().name}",
+        doctor={"": _diagnosed(run.folder)},
         figures=[_comparison_illustration(comparison), *run.illustrations()],
         examples=run.examples[:NUM_EXAMPLES],
         settings={"config.yaml": run.config} if run.config else {},
@@ -166,6 +174,7 @@ def write_comparison_report(output: str | Path, folders: Mapping[str, Path], com
         Path(output) / "report.html",
         comparison,
         title=f"Comparison of {len(runs)} runs",
+        doctor={name: _diagnosed(run.folder) for name, run in runs.items()},
         figures=figures,
         examples=_side_by_side(runs),
         settings={f"{name}: config.yaml": run.config for name, run in runs.items() if run.config},
@@ -387,14 +396,13 @@ class _Run:
         if not measured.is_file():
             raise UserError(f"{folder} holds no finished run: {measured.name} is missing; let the run end first")
         evaluation = json.loads(measured.read_text(encoding="utf-8"))
-        lines = _text(folder / "metrics.jsonl").split("\n")
         rows = json.loads(_text(folder / "rows.json") or "{}")
         return cls(
             folder=folder,
             models=evaluation["models"],
             examples=[_example(row) for row in evaluation["predictions"]],
             measured_sha256=evaluation["rows"],
-            metrics=[json.loads(line) for line in lines if line.strip()],
+            metrics=_logged(_text(folder / "metrics.jsonl")),
             config=_text(folder / "config.yaml"),
             environment=json.loads(_text(folder / "environment.json") or "{}"),
             rows=[RowsUsed(name, **part) for name, part in rows.items()] or [RowsUsed("measured", evaluation["rows"])],
@@ -441,7 +449,28 @@ class _Run:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _logged(text: str) -> list[Row]:
+    """The rows of metrics.jsonl; a crash cuts a line, a full disk leaves junk."""
+    rows = []
+    for line in text.split("\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and {"kind", "stage", "step"} <= row.keys():
+            rows.append(row)
+    return rows
+
+
+def _diagnosed(folder: Path) -> Diagnosis | str:
+    """What is wrong with a run, or why its log does not say."""
+    try:
+        return diagnose_run(folder)
+    except UserError as error:
+        return f"The doctor could not look at this run: {error}."
 
 
 def _comparison_illustration(comparison: Sequence[Row]) -> Illustration:
