@@ -454,7 +454,7 @@ def _text(path: Path) -> str:
 
 def _logged(text: str) -> list[Row]:
     """The rows of metrics.jsonl; a crash cuts a line, a full disk leaves junk."""
-    rows = []
+    rows: list[Row] = []
     for line in text.split("\n"):
         try:
             row = json.loads(line)

@@ -10,21 +10,22 @@ from markupsafe import Markup
 from kdkit.doctor.findings import Diagnosis
 from kdkit.doctor.showing import by_check, by_reason, patch_lines, plain_text, seen
 
-Part = Literal["fail", "warn", "good", "skipped"]
+Part = Literal["all", "fail", "warn", "good", "skipped"]
 """Of a diagnosis; good are the checks that saw nothing wrong."""
 
 
-def diagnosis_html(diagnosis: Diagnosis, *, only: Part | None = None, is_folded: bool = False) -> Markup:
+def diagnosis_html(diagnosis: Diagnosis, *, only: Part = "all", is_folded: bool = False) -> Markup:
     """A diagnosis as a piece of a page that has `diagnosis_style` in it.
 
     Args:
         diagnosis: of a run or a config; all its text is escaped.
-        only: leave out the other parts; what is left of passed and skipped checks is unfolded.
-        is_folded: show of each finding its name alone, until the reader unfolds it.
+        only: leave out the other parts, and unfold the checks that passed or were skipped.
+        is_folded: show of each finding its name alone until the reader unfolds it, and no counts, which stand on the
+            buttons above.
     Returns:
         A div of class `diagnosis`.
     """
-    groups = [group for group in by_check(diagnosis.findings) if only in (None, group[0].severity)]
+    groups = [group for group in by_check(diagnosis.findings) if only in ("all", group[0].severity)]
     page = _template().render(
         diagnosis=diagnosis,
         groups=groups,

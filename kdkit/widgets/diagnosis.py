@@ -31,10 +31,10 @@ class DiagnosisBox:
         self.findings = ipywidgets.HTML()
         self.buttons = ipywidgets.ToggleButtons(options=self._options(), style={"button_width": "auto"})
         self.buttons.observe(lambda change: self._show(change["new"]), names="value")
-        self._show(None)
+        self._show("all")
         return ipywidgets.VBox([self.buttons, self.findings])
 
-    def _options(self) -> list[tuple[str, Part | None]]:
+    def _options(self) -> list[tuple[str, Part]]:
         """What there is any of."""
         counts: dict[Part, int] = {
             "fail": self.diagnosis.num_failures,
@@ -42,12 +42,12 @@ class DiagnosisBox:
             "good": len(self.diagnosis.passed),
             "skipped": len(self.diagnosis.skipped),
         }
-        return [("all", None), *((f"{count} {part}", part) for part, count in counts.items() if count)]
+        return [("all", "all"), *((f"{count} {part}", part) for part, count in counts.items() if count)]
 
-    def _show(self, part: Part | None) -> None:
+    def _show(self, part: Part) -> None:
         self.findings.value = self._html(part, is_folded=True)
 
-    def _html(self, part: Part | None = None, *, is_folded: bool = False) -> str:
+    def _html(self, part: Part = "all", *, is_folded: bool = False) -> str:
         return f"<style>{diagnosis_style()}</style>{diagnosis_html(self.diagnosis, only=part, is_folded=is_folded)}"
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Bundle:
