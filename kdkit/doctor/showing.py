@@ -19,7 +19,7 @@ _LEAST_WIDTH = 40
 _INDENT = 6
 _LABEL = 6
 _COLOURS = {Severity.FAIL: "red", Severity.WARN: "yellow", Severity.GOOD: "green"}
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
+_SPACE_OR_CONTROL = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
 
 Pen = Callable[..., str]
 """Takes a text and click's names of styles."""
@@ -83,8 +83,8 @@ def seen(finding: Finding) -> str:
 
 
 def plain_text(text: str) -> str:
-    """A text that a terminal and a file take: logs are quoted, and may hold colours, bells and halves of characters."""
-    return _CONTROL.sub(" ", click.unstyle(text)).encode("utf-8", errors="replace").decode()
+    """One line that a terminal and a file take: what is quoted may hold colours, bells and halves of characters."""
+    return _SPACE_OR_CONTROL.sub(" ", click.unstyle(text)).encode("utf-8", errors="replace").decode()
 
 
 def _plain_pen(text: str, **_: object) -> str:
