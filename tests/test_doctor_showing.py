@@ -140,7 +140,8 @@ class TestDiagnosisHtml:
     def test_all_of_a_diagnosis(self):
         assert Piece(diagnosis_html(made_up_diagnosis())).text == (
             "2 fail 1 warn 2 good 3 skipped "
-            "fail KD901 too long ×2 seen stage distill: warm-up of 1000 of 4687 steps stage distill: and again at step 7 "
+            "fail KD901 too long ×2 "
+            "seen stage distill: warm-up of 1000 of 4687 steps stage distill: and again at step 7 "
             "why cause of KD901 what to do fix of KD901 optim.warmup_steps: 468 optim.scheduler: null "
             "source source of KD901 "
             "warn KD902 a bit odd seen stage distill: 0.5 where 0.7 was due why cause of KD902 what to do fix of KD902 "
