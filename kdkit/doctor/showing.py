@@ -30,8 +30,7 @@ def show_diagnosis(diagnosis: Diagnosis) -> None:
     is_terminal = sys.stdout.isatty()
     width = min(shutil.get_terminal_size().columns, WIDTH) if is_terminal else WIDTH
     is_coloured = is_terminal and not os.environ.get("NO_COLOR")
-    for line in diagnosis_lines(diagnosis, width=width, is_coloured=is_coloured):
-        click.echo(line)
+    click.echo("\n".join(diagnosis_lines(diagnosis, width=width, is_coloured=is_coloured)))
 
 
 def diagnosis_lines(diagnosis: Diagnosis, *, width: int = WIDTH, is_coloured: bool = False) -> Iterator[str]:
