@@ -211,7 +211,7 @@ def doctor(
     A config is a YAML file of kdkit, the name of a preset, or another trainer's JSON, YAML or shell script (HF, TRL,
     DistiLLM). A run is its folder, a metrics.jsonl, a trainer_state.json or a text log of any trainer.
     """
-    from kdkit.doctor.showing import diagnosis_lines
+    from kdkit.doctor.showing import show_diagnosis
     from kdkit.doctor.targets import is_config
 
     if fix != (output is not None):
@@ -233,7 +233,7 @@ def doctor(
     else:
         if fixed is not None:
             click.echo(fixed.text_of_changes)
-        click.echo("\n".join(diagnosis_lines(diagnosis)))
+        show_diagnosis(diagnosis)
     if diagnosis.num_failures:
         sys.exit(1)
 

@@ -166,6 +166,19 @@ logged = [row for row in RunFolder(after.folder).metrics.rows() if row["kind"] =
 show(plot_training(logged))
 
 # %% [markdown]
+# ### What does the doctor say?
+#
+# It looks in the log for what is known to go wrong: a learning rate that stays 0, an evaluation that
+# stands still, a term far larger than the others, answers that get worse. `kdkit doctor` says the same
+# of any run's folder, and of the logs of other trainers.
+
+# %%
+from kdkit.doctor import diagnose_run
+from kdkit.widgets import DiagnosisBox
+
+DiagnosisBox(diagnose_run(after.folder))
+
+# %% [markdown]
 # ## Before, after, teacher
 #
 # On test rows that nobody trained on, answered greedily. ROUGE-L compares the words of an answer with

@@ -55,6 +55,11 @@ if changes:
     print(change["objective.kd.temperature"], steps[change["step"]], steps[change["step"] + 1], sep="\\n")
     print(len(list(live.folder.glob("stages/distill/checkpoint-*/complete.json"))))
 """
+DIAGNOSE = """
+from diagnoses import made_up_diagnosis
+from kdkit.widgets import DiagnosisBox
+DiagnosisBox(made_up_diagnosis())
+"""
 SCREENSHOTS = os.environ.get("KDKIT_SCREENSHOTS")
 
 pytestmark = [
@@ -166,3 +171,25 @@ class TestLiveControls:
         assert saved == "2"  # at the pause and at the stop
         assert steered.red() == []
         assert steered.problems == []
+
+
+class TestDiagnosisBox:
+    def test_findings_are_unfolded_and_filtered_by_keyboard(self, lab, browser, packages):
+        with lab.open_notebook(
+            browser, [f"import sys\nsys.path.append({str(Path(__file__).parent)!r})", DIAGNOSE]
+        ) as shown:
+            shown.run_all()
+            found, cause = shown.cell(1).locator("details.found"), shown.cell(1).get_by_text("cause of KD902")
+            found.first.wait_for()
+            assert not cause.is_visible()
+            found.nth(1).locator("summary").focus()
+            shown.page.keyboard.press("Enter")
+            cause.wait_for()
+            if SCREENSHOTS:
+                shown.screenshot(Path(SCREENSHOTS) / f"diagnosis-{packages[0]}.png", 1)
+            shown.cell(1).get_by_role("button", name="2 fail").focus()
+            shown.page.keyboard.press("Space")
+            cause.wait_for(state="detached")
+            assert found.count() == 1
+            assert shown.red() == []
+            assert shown.problems == []

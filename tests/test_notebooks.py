@@ -223,6 +223,11 @@ class TestDistillNotebook:
         assert {name for _, name, *_ in moved} == {"gamma", "band", "temperature", "position", "loss"}
         assert all(rest == ["True", "''"] for _, _, *rest in moved)
 
+    def test_the_doctor_speaks_of_the_run(self, executed):
+        (diagnosis,) = [o.data for o in outputs(executed) if "diagnosis" in o.get("data", {}).get("text/html", "")]
+        assert VIEW in diagnosis
+        assert re.search(r"^\d fail, \d warn, \d+ good, \d+ skipped$", diagnosis["text/plain"], re.MULTILINE)
+
     def test_the_run_with_knobs_ends(self, executed):
         assert re.search(r"live: finished: ROUGE-L \d", printed(executed))
 

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from io import StringIO
 
 import pytest
+from diagnoses import EVIL, healthy_diagnosis, made_up_diagnosis, quoting_diagnosis
 from rich.console import Console
 
 from kdkit.errors import UserError
@@ -155,6 +156,27 @@ class TestWriteReport:
         assert pages[0].read_bytes() == pages[1].read_bytes()
 
 
+class TestDoctorSection:
+    def test_says_what_was_found_after_the_comparison(self, tmp_path):
+        page = Page(write_report(tmp_path / "r.html", ROWS, title="t", doctor={"": made_up_diagnosis()}))
+        pieces = ("Comparison", "Doctor", "2 fail", "warm-up of 1000 of 4687 steps", "optim.warmup_steps: 468")
+        places = [page.text.index(piece) for piece in pieces]
+        assert places == sorted(places)
+        assert page.outside == []
+
+    def test_names_the_run_where_there_are_several(self, tmp_path):
+        doctor = {"first": healthy_diagnosis(), "second": "It has no log."}
+        text = Page(write_report(tmp_path / "r.html", ROWS, title="t", doctor=doctor)).text
+        assert "Doctor first good Nothing wrong was found." in text
+        assert "second It has no log." in text
+
+    def test_text_is_escaped(self, tmp_path):
+        doctor = {EVIL: quoting_diagnosis(EVIL), "other": EVIL}
+        path = write_report(tmp_path / "r.html", ROWS, title="t", doctor=doctor)
+        assert "<script" not in path.read_text(encoding="utf-8")
+        assert Page(path).text.count(EVIL) == 12
+
+
 def make_run(folder, *, rows="ab" * 32, with_teacher=True, num_evaluations=2):
     """A finished run as its files."""
     folder.mkdir(parents=True)
@@ -238,6 +260,41 @@ class TestWriteRunReport:
         assert len(page.images) == 1
         assert "Settings" not in page.text
 
+    def test_the_doctor_looks_at_the_log(self, tmp_path):
+        folder = make_run(tmp_path / "r")
+        assert "good Nothing wrong was found." in Page(write_run_report(folder)).text
+        still = [{"kind": "train", "stage": "s", "step": step, "loss": 3.0, "learning_rate": 0.0} for step in range(5)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in still))
+        text = Page(write_run_report(folder)).text
+        assert "KD201 learning rate is 0 seen stage s: learning rate 0 at all 5 log rows, steps 0 to 4" in text
+
+    @pytest.mark.parametrize(
+        ("content", "said"),
+        [
+            (None, "neither metrics.jsonl nor trainer_state.json is in it."),
+            (b"", "names no figure that a trainer logs"),
+            (b"\xff\x00 junk\n[1]\n7\n{}\n", "names no figure that a trainer logs"),
+        ],
+    )
+    def test_a_log_that_is_none_is_said_and_breaks_nothing(self, tmp_path, content, said):
+        folder = make_run(tmp_path / "r")
+        (folder / "metrics.jsonl").unlink()
+        if content is not None:
+            (folder / "metrics.jsonl").write_bytes(content)
+        page = Page(write_run_report(folder))
+        assert "Doctor The doctor could not look at this run: " in page.text
+        assert said in page.text
+        assert len(page.images) == 1
+
+    def test_a_line_that_was_cut_costs_that_line_alone(self, tmp_path):
+        """The report of a run whose log ended in half a line was a traceback."""
+        folder = make_run(tmp_path / "r")
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"kind": "train", "sta')
+        page = Page(write_run_report(folder))
+        assert len(page.images) == 3
+        assert "student 40 24.0" in page.text
+
     def test_refuses_a_folder_without_a_finished_run(self, tmp_path):
         with pytest.raises(UserError, match=r"evaluation\.json is missing"):
             write_run_report(tmp_path)
@@ -256,6 +313,7 @@ class TestWriteComparisonReport:
         assert "while training (sft)." in page.text
         assert len(page.images) == 1 + 2 * 2
         assert "kd: config.yaml" in page.text
+        assert "Doctor sft good Nothing wrong was found." in page.text
 
     def test_a_single_evaluation_draws_no_curve(self, tmp_path):
         page = Page(write_run_report(make_run(tmp_path / "run", num_evaluations=1)))

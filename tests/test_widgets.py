@@ -9,6 +9,7 @@ from pathlib import Path
 import ipywidgets
 import nbformat
 import pytest
+from diagnoses import EVIL, healthy_diagnosis, made_up_diagnosis, quoting_diagnosis
 from matplotlib.figure import Figure
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
@@ -21,6 +22,7 @@ from kdkit.memory.cards import find_card
 from kdkit.memory.shapes import shape_folder
 from kdkit.widgets import (
     Control,
+    DiagnosisBox,
     alignment_explorer,
     explorer,
     memory_explorer,
@@ -283,6 +285,46 @@ class TestMemoryExplorer:
         before = used_gib(shown)
         shown.widgets["batch"].value = 8
         assert used_gib(shown) < before
+
+
+class TestDiagnosisBox:
+    def options(self, shown):
+        return [name for name, _ in shown.buttons.options]
+
+    def test_the_buttons_are_what_there_is_any_of(self):
+        assert self.options(DiagnosisBox(made_up_diagnosis())) == ["all", "2 fail", "1 warn", "2 good", "3 skipped"]
+        assert self.options(DiagnosisBox(healthy_diagnosis())) == ["all", "1 good", "1 skipped"]
+
+    def test_it_starts_with_all_findings_folded(self):
+        shown = DiagnosisBox(made_up_diagnosis())
+        assert shown.buttons.value == "all"
+        assert re.findall(r"<code>(KD\d+)</code>", shown.findings.value) == [f"KD90{n}" for n in range(1, 8)]
+        assert " open>" not in shown.findings.value
+
+    def test_a_button_leaves_its_part(self):
+        shown = DiagnosisBox(made_up_diagnosis())
+        shown.buttons.value = "warn"
+        assert re.findall(r"<code>(KD\d+)</code>", shown.findings.value) == ["KD902"]
+        shown.buttons.value = "all"
+        assert "KD901" in shown.findings.value
+
+    def test_it_shows_the_box_and_all_of_it_as_html_and_text_elsewhere(self):
+        shown = DiagnosisBox(made_up_diagnosis())
+        bundle, _ = shown._repr_mimebundle_()
+        assert bundle[VIEW]["model_id"] == shown.box.model_id
+        assert bundle["text/plain"].startswith("fail  KD901 too long ×2\n")
+        assert bundle["text/html"].count(" open>") == 2
+        assert all(f"KD90{n}" in bundle["text/html"] for n in range(1, 8))
+
+    def test_a_batch_run_has_no_box(self, monkeypatch):
+        monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+        monkeypatch.setitem(sys.modules, "ipywidgets", None)  # an import of it fails
+        bundle, _ = DiagnosisBox(made_up_diagnosis())._repr_mimebundle_()
+        assert sorted(bundle) == ["text/html", "text/plain"]
+
+    def test_text_is_escaped(self):
+        shown = DiagnosisBox(quoting_diagnosis(EVIL))
+        assert "<script" not in shown.findings.value + shown._repr_mimebundle_()[0]["text/html"]
 
 
 SET = """

@@ -95,6 +95,8 @@ class Diagnosis:
     """Codes of the checks that saw nothing wrong."""
     skipped: Mapping[str, str]
     """Code -> what it would have needed."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Code -> name, of all that was asked."""
 
     @property
     def num_failures(self) -> int:
@@ -138,8 +140,9 @@ def examine(subject: str, parts: Mapping[str | None, Subject], checks: Iterable[
         `Diagnosis`, failures first. A check that no part can answer counts as skipped.
     """
     findings: list[Finding] = []
-    passed, skipped = [], {}
+    passed, skipped, names = [], {}, {}
     for check in checks:
+        names[check.code] = check.name
         seen, reasons = [], []
         for stage, part in parts.items():
             try:
@@ -152,7 +155,7 @@ def examine(subject: str, parts: Mapping[str | None, Subject], checks: Iterable[
         elif not seen:
             passed.append(check.code)
     findings.sort(key=lambda finding: (finding.severity != Severity.FAIL, finding.code))
-    return Diagnosis(subject, findings, passed, skipped)
+    return Diagnosis(subject, findings, passed, skipped, names)
 
 
 def _finding(check: Check[Subject], stage: str | None, observation: Observation) -> Finding:

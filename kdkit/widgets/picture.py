@@ -61,15 +61,18 @@ class Picture:
         data: dict[str, object] = {"text/plain": self.alt}
         if self.png:
             data["image/png"] = b64encode(self.png).decode()
-        if box is not None:
-            data[_VIEW] = {"version_major": 2, "version_minor": 0, "model_id": box.model_id}
-        return data, {"image/png": {"width": self.width_pixels, "alt": self.alt}}
+        return data | view_of(box), {"image/png": {"width": self.width_pixels, "alt": self.alt}}
 
     def _html(self) -> str:
         if not self.png:
             return ""
         data = b64encode(self.png).decode()
         return f'<img src="data:image/png;base64,{data}" width="{self.width_pixels}" alt="{escape(self.alt)}">'
+
+
+def view_of(box: "ipywidgets.Widget | None") -> dict[str, object]:
+    """What makes a front end show a box beside the other data of a bundle; nothing where there is none."""
+    return {} if box is None else {_VIEW: {"version_major": 2, "version_minor": 0, "model_id": box.model_id}}
 
 
 def drawn(figure: "Figure") -> tuple[bytes, str]:
