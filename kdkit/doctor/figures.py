@@ -1,72 +1,185 @@
 """Figures of a run as they are read, whoever wrote them, and the names that other trainers give them."""
 
 import math
-from collections.abc import Iterable, Mapping
+import re
+from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
 
 from kdkit.doctor.trace import Event, Planned, Series, Trace
 
 NAMES = {
-    "lr": "learning_rate",
-    "learning rate": "learning_rate",
-    "grad norm": "grad_norm",
-    "total loss": "loss",
+    "loss": "loss",
+    "total_loss": "loss",
     "avg": "loss",
-    "avg_loss": "loss",
-    "eval_loss": "loss",
+    "learning_rate": "learning_rate",
+    "lr": "learning_rate",
+    "grad_norm": "grad_norm",
+    "gradient_norm": "grad_norm",
+    "gnorm": "grad_norm",
+    "update_norm": "update_norm",
+    "loss_scale": "loss_scale",
+    "scale": "loss_scale",
+    "epoch": "epoch",
+    "perplexity": "perplexity",
     "ppl": "perplexity",
+    "cross_entropy": "cross_entropy",
+    "ce_loss": "cross_entropy",
+    "nll": "cross_entropy",
+    "rouge_l": "rouge_l",
     "rougel": "rouge_l",
-    "kd raw": "part/kd",
-    "kd_loss": "part/kd",
-    "ds_loss": "part/kd",
+    "exact_match": "exact_match",
+    "mean_tokens": "mean_tokens",
+    "gen_len": "mean_tokens",
+    "mean_length": "mean_tokens",
+    "completion_length": "mean_tokens",
+    "completions/mean_length": "mean_tokens",
+    "ended_fraction": "ended_fraction",
+    "eos_rate": "ended_fraction",
+    "repeat_fraction": "rollout/repeat_fraction",
+    "repetition": "rollout/repeat_fraction",
+    "repetition_rate": "rollout/repeat_fraction",
+    "tokens_per_second": "tokens_per_second",
+    "tokens_per_sec": "tokens_per_second",
+    "tokens/s": "tokens_per_second",
+    "tok/s": "tokens_per_second",
+    "step_seconds": "step_seconds",
+    "step_time": "step_seconds",
+    "steps_per_second": "steps_per_second",
     "kd": "part/kd",
-    "lm_loss": "part/lm",
+    "kd_loss": "part/kd",
+    "kd_raw": "part/kd",
+    "ds_loss": "part/kd",
+    "distil_loss": "part/kd",
     "lm": "part/lm",
+    "lm_loss": "part/lm",
     "dtw_loss": "part/dtw",
     "feature": "part/hidden",
     "feature_loss": "part/hidden",
+    "hidden_loss": "part/hidden",
     "routing_feature_loss": "part/hidden",
     "attention": "part/attention",
     "attention_loss": "part/attention",
+    "layerwise_loss": "part/layerwise",
+    "contrastive_loss": "part/contrastive",
+    "load_balance": "routing/load_balance",
+    "load_balance_loss": "routing/load_balance",
+    "routing_load_balance_loss": "routing/load_balance",
+    "kd_weight": "weight/kd",
+    "lm_weight": "weight/lm",
     "adaptive_threshold": "rollout/threshold",
     "threshold": "rollout/threshold",
+    "kd_temperature": "kd_temperature",
     "temperature": "kd_temperature",
 }
-"""What other trainers call a figure, in lower case -> its name in metrics.jsonl."""
+"""What trainers call a figure, in lower case with underscores -> its name in metrics.jsonl.
+
+metrics.jsonl has no `step_seconds`, `steps_per_second` and `loss_scale`: only other trainers log these.
+"""
+_EVALUATION = re.compile(r"^(?:eval(?:uation)?|val(?:idation)?|valid|dev|test)[_/]")
+_TRAINING = re.compile(r"^(?:train|training)[_/]")
+
+
+@lru_cache(maxsize=4096)
+def figure_of(name: str) -> tuple[str | None, bool | None]:
+    """What a trainer's name for a figure means.
+
+    Args:
+        name: as it stands in a log: `eval_rougeL`, `Training Loss`, `lr`.
+    Returns:
+        Its name in metrics.jsonl, or None where it is not known; whether an evaluation measured it, or None where
+        the name leaves that open.
+    """
+    plain = name.strip().lower().replace(" ", "_").replace("-", "_")
+    if plain in NAMES:
+        return NAMES[plain], None
+    for prefix, is_eval in ((_EVALUATION, True), (_TRAINING, False)):
+        if prefix.match(plain):
+            return NAMES.get(_without_mean(prefix.sub("", plain))), is_eval
+    return NAMES.get(_without_mean(plain)), None
+
+
+def _without_mean(plain: str) -> str:
+    return re.sub(r"^(?:avg|average|mean|batch)_(?=\w*loss)", "", plain)
+
+
+class Column:
+    """(step, value) of one figure in the order in which they were written: 16 bytes each."""
+
+    __slots__ = ("steps", "values")
+
+    def __init__(self) -> None:
+        self.steps, self.values = array("q"), array("d")
+
+    def add(self, step: int, value: float) -> None:
+        """One value."""
+        self.steps.append(step)
+        self.values.append(value)
+
+    def series(self, name: str) -> Series:
+        """In the order of the steps: a log that was appended to starts over."""
+        steps, values = np.array(self.steps, dtype=np.int64), np.array(self.values, dtype=np.float64)
+        if (np.diff(steps) < 0).any():
+            order = np.argsort(steps, kind="stable")
+            steps, values = steps[order], values[order]
+        return Series(name, steps, values)
 
 
 @dataclass
 class Figures:
-    """(step, value) of each figure so far; a trace once all are there."""
+    """Each figure so far; a trace once all are there."""
 
-    train: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-    evals: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    train: dict[str, Column] = field(default_factory=dict)
+    evals: dict[str, Column] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
+    _by_key: dict[tuple[str, bool], Column] = field(default_factory=dict)
+    """Of rows: what they call a figure, and whether they are of an evaluation."""
+
+    def column(self, name: str, *, is_eval: bool) -> Column:
+        """Of a name of metrics.jsonl; made where it is missing."""
+        return (self.evals if is_eval else self.train).setdefault(name, Column())
 
     def add(self, name: str, step: int, value: float, *, is_eval: bool) -> None:
         """One value."""
-        (self.evals if is_eval else self.train).setdefault(name, []).append((step, value))
+        self.column(name, is_eval=is_eval).add(step, value)
 
-    def add_row(self, row: Mapping[str, object], step: int, *, is_eval: bool) -> None:
-        """A row of named figures; null is a figure that was not finite, text and lists are none."""
+    def add_row(self, row: Mapping[str, object], step: int, *, is_eval: bool = False) -> None:
+        """A row of named figures, each as its name says (`eval_loss`), else of what the row is of.
+
+        Null is a figure that was not finite; text and lists are none.
+        """
+        if "train_runtime" in row:  # means over the whole run, which the Trainer logs at its end
+            return
         for name, value in row.items():
-            known = NAMES.get(name.lower(), name)
-            if value is None:
-                self.add(known, step, math.nan, is_eval=is_eval)
-            elif isinstance(value, int | float) and not isinstance(value, bool):
-                self.add(known, step, _float(value), is_eval=is_eval)
+            number = math.nan if value is None else value
+            if not isinstance(number, int | float) or number is True or number is False or name == "step":
+                continue
+            column = self._by_key.get((name, is_eval)) or self._column_of(name, is_eval)
+            column.add(step, number if isinstance(number, float) else _float(number))
+
+    def _column_of(self, name: str, is_eval: bool) -> Column:
+        known, says_eval = figure_of(name)
+        column = self.column(known or name.removeprefix("eval_"), is_eval=is_eval or bool(says_eval))
+        return self._by_key.setdefault((name, is_eval), column)
+
+    def forget_steps(self) -> None:
+        """Put all values so far at step 0."""
+        for column in (*self.train.values(), *self.evals.values()):
+            column.steps = array("q", bytes(8 * len(column.steps)))
 
     def trace(self, source: str, planned: Planned, *, num_lines: int | None = None) -> Trace:
         """All of it."""
         return Trace(source, _series(self.train), _series(self.evals), self.events, planned, num_lines)
 
 
-def _series(figures: Mapping[str, Iterable[tuple[int, float]]]) -> dict[str, Series]:
-    """In the order of their steps: a log that was appended to starts over."""
-    return {name: Series.of(name, sorted(points, key=lambda point: point[0])) for name, points in figures.items()}
+def _series(columns: Mapping[str, Column]) -> dict[str, Series]:
+    return {name: column.series(name) for name, column in columns.items() if column.steps}
 
 
-def _float(value: float) -> float:
+def _float(value: int) -> float:
     """A Python integer may be too large for a float."""
     try:
         return float(value)
