@@ -3,9 +3,10 @@
 import math
 import re
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TypeGuard
 
 import numpy as np
 
@@ -119,6 +120,11 @@ class Column:
         self.steps.append(step)
         self.values.append(value)
 
+    def extend(self, steps: Sequence[int], values: Sequence[float]) -> None:
+        """As many values as steps."""
+        self.steps.extend(steps)
+        self.values.extend(values)
+
     def series(self, name: str) -> Series:
         """In the order of the steps: a log that was appended to starts over."""
         steps, values = np.array(self.steps, dtype=np.int64), np.array(self.values, dtype=np.float64)
@@ -135,8 +141,6 @@ class Figures:
     train: dict[str, Column] = field(default_factory=dict)
     evals: dict[str, Column] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
-    _by_key: dict[tuple[str, bool], Column] = field(default_factory=dict)
-    """Of rows: what they call a figure, and whether they are of an evaluation."""
 
     def column(self, name: str, *, is_eval: bool) -> Column:
         """Of a name of metrics.jsonl; made where it is missing."""
@@ -147,23 +151,27 @@ class Figures:
         self.column(name, is_eval=is_eval).add(step, value)
 
     def add_row(self, row: Mapping[str, object], step: int, *, is_eval: bool = False) -> None:
-        """A row of named figures, each as its name says (`eval_loss`), else of what the row is of.
+        """A row of named figures; as `add_rows`."""
+        self.add_rows([row], [step], is_eval=is_eval)
+
+    def add_rows(self, rows: Sequence[Mapping[str, object]], steps: Sequence[int], *, is_eval: bool = False) -> None:
+        """Rows that name the same figures, each as its name says (`eval_loss`), else of what the rows are of.
 
         Null is a figure that was not finite; text and lists are none.
         """
-        if "train_runtime" in row:  # means over the whole run, which the Trainer logs at its end
+        if "train_runtime" in rows[0]:  # means over the whole run, which the Trainer logs at its end
             return
-        for name, value in row.items():
-            number = math.nan if value is None else value
-            if not isinstance(number, int | float) or number is True or number is False or name == "step":
+        for name, values in zip(rows[0], zip(*(row.values() for row in rows), strict=True), strict=True):
+            if set(map(type, values)) == {float}:
+                self._column_of(name, is_eval).extend(steps, values)
                 continue
-            column = self._by_key.get((name, is_eval)) or self._column_of(name, is_eval)
-            column.add(step, number if isinstance(number, float) else _float(number))
+            numbers = [(step, _float(value)) for step, value in zip(steps, values, strict=True) if _is_figure(value)]
+            if numbers and name != "step":
+                self._column_of(name, is_eval).extend(*zip(*numbers, strict=True))
 
     def _column_of(self, name: str, is_eval: bool) -> Column:
         known, says_eval = figure_of(name)
-        column = self.column(known or name.removeprefix("eval_"), is_eval=is_eval or bool(says_eval))
-        return self._by_key.setdefault((name, is_eval), column)
+        return self.column(known or name.removeprefix("eval_"), is_eval=is_eval or bool(says_eval))
 
     def forget_steps(self) -> None:
         """Put all values so far at step 0."""
@@ -179,9 +187,13 @@ def _series(columns: Mapping[str, Column]) -> dict[str, Series]:
     return {name: column.series(name) for name, column in columns.items() if column.steps}
 
 
-def _float(value: int) -> float:
+def _is_figure(value: object) -> TypeGuard[float | None]:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _float(value: float | None) -> float:
     """A Python integer may be too large for a float."""
     try:
-        return float(value)
+        return math.nan if value is None else float(value)
     except OverflowError:
         return math.inf

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kdkit.errors import UserError
 
-BLOCK_BYTES = 2**24
+BLOCK_BYTES = 2**22
 LONGEST_BYTES = 2**20
 """Of a line; what is longer is cut into pieces of about this length."""
 _GZIP = b"\x1f\x8b"

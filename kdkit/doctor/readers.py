@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import TypeGuard
 
@@ -14,6 +15,7 @@ from kdkit.errors import UserError
 __all__ = ["Traces", "read_text", "read_traces"]
 
 Traces = dict[str | None, Trace]
+Row = Mapping[str, object]
 _STEPS = ("step", "global_step", "iteration", "iter", "_step")
 
 
@@ -77,23 +79,27 @@ def _metrics(file: Path) -> Traces:
     Rows of other trainers, which name no stage and no kind, are told apart by the names of their figures.
     """
     parts: dict[str | None, Figures] = {}
-    for row in _json_lines(file):
-        step, stage, kind = _step_of(row), row.get("stage"), row.get("kind", "train")
-        if step is None or not isinstance(stage, str | None) or kind not in ("train", "eval"):
-            continue
-        if stage not in parts:
-            parts[stage] = Figures()
-        parts[stage].add_row(row, step, is_eval=kind == "eval")
+    for block in read_blocks(file):
+        for (stage, kind, _), alike in groupby(_rows(block), key=_layout):
+            if isinstance(stage, str | None) and kind in ("train", "eval"):
+                steps, rows = zip(*alike, strict=True)
+                parts.setdefault(stage, Figures()).add_rows(rows, steps, is_eval=kind == "eval")
     config = _settings(file.with_name("config.yaml"))
     return {stage: figures.trace(str(file), _planned(config, stage)) for stage, figures in parts.items()}
 
 
-def _json_lines(file: Path) -> Iterator[Mapping[str, object]]:
-    for block in read_blocks(file):
-        for line in block.decode("utf-8", errors="replace").split("\n"):
-            row = _json(line) if line.startswith("{") else None
-            if isinstance(row, dict):
-                yield row
+def _rows(block: bytes) -> Iterator[tuple[int, Row]]:
+    """With the step of each."""
+    for line in block.decode("utf-8", errors="replace").split("\n"):
+        row = _json(line) if line.startswith("{") else None
+        step = _step_of(row) if isinstance(row, dict) else None
+        if isinstance(row, dict) and step is not None:
+            yield step, row
+
+
+def _layout(row: tuple[int, Row]) -> tuple[object, object, tuple[str, ...]]:
+    """Rows of the same layout can be read at once."""
+    return row[1].get("stage"), row[1].get("kind", "train"), tuple(row[1])
 
 
 def _settings(file: Path) -> Mapping[str, object]:
@@ -164,7 +170,7 @@ def _json(text: str) -> object:
         return None
 
 
-def _step_of(row: Mapping[str, object]) -> int | None:
+def _step_of(row: Row) -> int | None:
     step = next((row[name] for name in _STEPS if name in row), None)
     if isinstance(step, float) and step.is_integer():
         step = int(step)
