@@ -3,7 +3,6 @@
 import codecs
 import gzip
 import io
-import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +15,10 @@ LONGEST_BYTES = 2**20
 _GZIP = b"\x1f\x8b"
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _LOOKED_AT_BYTES = 1024
-_COLOUR = re.compile(rb"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
 
 def read_blocks(file: Path) -> Iterator[bytes]:
-    """The text of a file as UTF-8, block by block, without the codes that colour a terminal.
+    """The text of a file as UTF-8, block by block.
 
     Args:
         file: a text; a gzipped one may end in the middle, as that of a run that goes on does.
@@ -68,11 +66,7 @@ def _whole_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
         if not end and len(block) > LONGEST_BYTES:
             end = len(block)
         if end:
-            yield _plain(block[:end])
+            yield block[:end]
         rest = block[end:]
     if rest:
-        yield _plain(rest)
-
-
-def _plain(block: bytes) -> bytes:
-    return _COLOUR.sub(b"", block) if b"\x1b" in block else block
+        yield rest

@@ -22,10 +22,12 @@ SPECIAL = {"nan": math.nan, "inf": math.inf, "infinity": math.inf}
 _NAME = r"(?<![A-Za-z_/])([A-Za-z][\w/²-]{0,50}(?: [A-Za-z][\w/-]{0,30}){0,2})"
 _SIGN = r"([-+]?)(?:(nan|inf(?:inity)?)\b|(?=[.0]))"
 _PAIR = re.compile(rf"{_NAME}(?:['\"]?\s*[=:]\s*['\"]?(?:[a-z_.0]+\()?~?|(\s+)){_SIGN}", re.IGNORECASE)
-_STEP = re.compile(r"(?<![A-Za-z])(?:step|iter(?:ation)?)['\"]?\s*[=:]?\s*(0[0,]*)(?:\s*/\s*(0))?", re.IGNORECASE)
+_STEP = re.compile(
+    r"(?<![A-Za-z])(?:step|iter(?:ation)?|num_updates)['\"]?\s*[=:]?\s*(0[0,]*)(?:\s*/\s*(0))?", re.IGNORECASE
+)
 _BARE_LOSS = re.compile(rf"^\s*Step\s+0\s*:\s*{_SIGN}[0.,eE+-]*(?:\s|$)", re.IGNORECASE)
 _BAR = re.compile(r"^\s*(?:([^|%:]{0,40}):\s*)?0%\|[^|]{0,300}\|\s*(0)/(0)\s*\[", re.IGNORECASE)
-_BAR_OF_STEPS = re.compile(r"^$|train|step|iter|distil", re.IGNORECASE)
+_BAR_OF_STEPS = re.compile(r"^$|train|step|iter|distil|epoch\s*\[?(0)?", re.IGNORECASE)
 _BAR_SPEED = re.compile(r"([.0]+)(it/s|s/it)")
 _SCHEDULER = re.compile(
     r"(?:scheduler(?:_type)?|decay_style)['\"]?\s*(?:[=:]|\.\.+)\s*['\"]?(?:SchedulerType\.)?([a-z_]+)", re.IGNORECASE
@@ -93,8 +95,10 @@ class Shape:
     """What lines of a shape hold; indices count the numbers of a line."""
 
     step: int | None = None
-    total_steps: int | None = None
+    total: int | None = None
     """Of a step that is written as `50/ 5000`."""
+    epoch: int | None = None
+    """In which the step is counted from 0."""
     slots: tuple[Slot, ...] = ()
     plans: tuple[tuple[str, int], ...] = ()
     """Fields of Planned."""
@@ -128,7 +132,7 @@ def shape_of(shape: str) -> Shape:
     events = tuple(kind for kind, pattern in _EVENTS.items() if pattern.search(shape)) if _SPEAKS.search(shape) else ()
     return Shape(
         step=None if step is None else starts.get(step.start(1)),
-        total_steps=None if step is None else starts.get(step.start(2)),
+        total=None if step is None else starts.get(step.start(2)),
         slots=tuple(_slots(shape, starts, has_step=step is not None)) + _memory(shape, starts, events),
         plans=tuple(_plans(shape, starts)),
         scheduler=scheduler[1].lower() if scheduler else None,
@@ -138,15 +142,16 @@ def shape_of(shape: str) -> Shape:
 
 def _of_bar(shape: str, bar: re.Match[str], starts: Starts) -> Shape:
     """A progress bar: `12%|##   | 60/500 [00:12<01:28, 5.01it/s, loss=2.3]`."""
-    counts_steps = _BAR_OF_STEPS.search((bar[1] or "").strip()) is not None
+    steps = _BAR_OF_STEPS.search((bar[1] or "").strip())
     speed = _BAR_SPEED.search(shape)
     slots = list(_slots(shape, starts, has_step=False))
-    if counts_steps and speed and speed.start(1) in starts:
+    if steps is None:
+        return Shape(slots=tuple(slots))
+    if speed and speed.start(1) in starts:
         name = "steps_per_second" if speed[2] == "it/s" else "step_seconds"
         slots.append(Slot(name, is_eval=False, index=starts[speed.start(1)]))
-    if not counts_steps:
-        return Shape(slots=tuple(slots))
-    return Shape(step=starts.get(bar.start(2)), total_steps=starts.get(bar.start(3)), slots=tuple(slots))
+    epoch = starts.get(shape.index("0")) if steps[1] else None
+    return Shape(starts.get(bar.start(2)), total=starts.get(bar.start(3)), epoch=epoch, slots=tuple(slots))
 
 
 def _slots(shape: str, starts: Starts, *, has_step: bool) -> Iterator[Slot]:
@@ -156,20 +161,19 @@ def _slots(shape: str, starts: Starts, *, has_step: bool) -> Iterator[Slot]:
     is_eval = _EVALUATES.search(shape) is not None and _TRAINS.search(shape) is None
     bare = None if is_eval else _BARE_LOSS.match(shape)
     found = [_slot("loss", bare[1], bare[2], starts.get(bare.end(2 if bare[2] else 1)), is_eval=False)] if bare else []
-    for pair in _PAIR.finditer(shape):
-        name, says_eval = _known_name(pair[1], is_weight="CURRICULUM" in shape)
+    pairs = [(pair, *_known_name(pair[1], is_weight="CURRICULUM" in shape)) for pair in _PAIR.finditer(shape)]
+    has_own_loss = any(name == "loss" and says_eval for _, name, says_eval in pairs)
+    for pair, name, says_eval in pairs:
         if name is None or (pair[2] and not (has_step and name in ("loss", "learning_rate", "grad_norm"))):
             continue
-        measured = is_eval if says_eval is None else says_eval
-        found.append(_slot(name, pair[3], pair[4], starts.get(pair.end()), is_eval=measured))
-        if pair[1].endswith("²"):
-            found[-1] = replace(found[-1], convert=_root)
-    named = {
-        (slot.name, slot.is_eval): slot
-        for slot in reversed(found)
-        if slot.index is not None or slot.constant is not None
-    }
-    yield from reversed(named.values())
+        measured = (is_eval and not (name == "loss" and has_own_loss)) if says_eval is None else says_eval
+        slot = _slot(name, pair[3], pair[4], starts.get(pair.end()), is_eval=measured)
+        found.append(replace(slot, convert=_root) if pair[1].endswith("²") else slot)
+    named: dict[tuple[str, bool], Slot] = {}
+    for slot in found:
+        if slot.index is not None or slot.constant is not None:
+            named.setdefault((slot.name, slot.is_eval), slot)
+    yield from named.values()
 
 
 def _slot(name: str, sign: str, special: str | None, index: int | None, *, is_eval: bool) -> Slot:

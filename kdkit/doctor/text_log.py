@@ -1,6 +1,7 @@
 """From plain text logs of any trainer to traces."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ MOST_EVENTS = 10_000
 """Of a kind that are kept."""
 MOST_CHARACTERS = 1_000
 """Of an event that are kept."""
+_COLOUR = re.compile(rb"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _ZEROS = bytes.maketrans(b"123456789", b"000000000")
 
 
@@ -66,7 +68,7 @@ class _Log:
 
     def __init__(self) -> None:
         self.figures, self.planned, self.num_lines, self.total_steps = Figures(), Planned(), 0, 0
-        self._step, self._names_steps = 0, False
+        self._step, self._names_steps, self._first_epoch = 0, False, 0
         self._table: Table | None = None
         self._readings: dict[str, _Reading | None] = {}
         """Of the shapes seen since the last header of a table; None where there is nothing to be done."""
@@ -74,6 +76,7 @@ class _Log:
 
     def read(self, block: bytes) -> None:
         """The next lines."""
+        block = _COLOUR.sub(b"", block) if b"\x1b" in block else block
         lines = block.decode("utf-8", errors="replace").split("\n")
         shapes = _without_digits(block).decode("utf-8", errors="replace").split("\n")
         for number, (line, shape) in enumerate(zip(lines, shapes, strict=True), self.num_lines + 1):
@@ -94,7 +97,8 @@ class _Log:
         if reading.table is not None and reading.table != self._table:
             self._table, self._readings = reading.table, {}
         numbers = (NUMBER if reading.shape.has_commas else NUMBER_OF_CELL).findall(line)
-        self._take_step(reading, numbers)
+        if not self._takes_step(reading, numbers):
+            return
         for column, slot in reading.columns:
             column.add(self._step, _value(slot, numbers))
         if reading.shape.speaks:
@@ -110,18 +114,28 @@ class _Log:
             self._readings.clear()
         return self._readings.setdefault(text, reading)
 
-    def _take_step(self, reading: _Reading, numbers: Sequence[str]) -> None:
+    def _takes_step(self, reading: _Reading, numbers: Sequence[str]) -> bool:
+        """Go on to the step that a line names, or else say that it counts the batches of an evaluation."""
         shape = reading.shape
         if shape.step is None:
             self._step += reading.is_row and not self._names_steps
-            return
-        step = _whole(numbers[shape.step])
-        total = None if shape.total_steps is None else _whole(numbers[shape.total_steps])
-        if step is None or (total is not None and total < self.total_steps):
-            return
+            return True
+        step, total, epoch = (
+            None if at is None else _whole(numbers[at]) for at in (shape.step, shape.total, shape.epoch)
+        )
+        if total is not None and total < self.total_steps and not reading.is_row:
+            return False
+        if step is None:
+            return True
         if not self._names_steps:
             self.figures.forget_steps()
-        self._step, self._names_steps, self.total_steps = step, True, total or self.total_steps
+            self._first_epoch = epoch or 0
+        self._step, self._names_steps = step, True
+        if epoch is None:
+            self.total_steps = total or self.total_steps
+        else:
+            self._step += max(epoch - self._first_epoch, 0) * (total or 0)
+        return True
 
     def _take_words(self, shape: Shape, numbers: Sequence[str], line: str, number: int) -> None:
         """What a line says of what the run was to be, and in words."""
