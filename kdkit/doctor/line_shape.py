@@ -70,11 +70,16 @@ _EVENTS = {
     "early_stop": re.compile(rf"early[ _-]?stop(?:ping|ped){_IS_SETTING}", re.IGNORECASE),
     "failure": re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception): "),
 }
-_SPEAKS = re.compile(r"finite|loss|memory|dtype|scalar type|m0 and m0|early|Error|Exception", re.IGNORECASE)
+_SPEAKS = re.compile(
+    r"finite|\b(?:nan|inf(?:inity)?)\b|memory|dtype|scalar type|m0 and m0|early|error|exception", re.IGNORECASE
+)
+_SPACES = re.compile(r" {2,}")
 _SHARE = re.compile(r"\((?=[.0]+\))")
 
 Starts = Mapping[int, int]
 """Where a number begins in a shape -> which one it is."""
+Pairs = Sequence[re.Match[str]]
+"""A name and the place of its number."""
 
 
 @dataclass(frozen=True)
@@ -120,21 +125,24 @@ class Shape:
 
 def shape_of(shape: str) -> Shape:
     """What lines of a shape hold, none of which is a row of a table."""
-    starts = {
-        found.start(): index for index, found in enumerate(NUMBER.finditer(shape)) if READABLE.fullmatch(found[0])
-    }
+    shape = _SPACES.sub(" ", shape)
+    speaks, scheduler = _SPEAKS.search(shape), _SCHEDULER.search(shape)
+    if "0" not in shape and not speaks and not scheduler:
+        return Shape()
+    numbers = enumerate(NUMBER.finditer(shape))
+    starts = {number.start(): index for index, number in numbers if READABLE.fullmatch(number[0])}
     bar = _BAR.match(shape)
     if bar is not None:
         return _of_bar(shape, bar, starts)
     steps = list(_STEP.finditer(shape))
     step = steps[-1] if steps else None  # the last one counts optimizer steps, where both are named
-    scheduler = _SCHEDULER.search(shape)
-    events = tuple(kind for kind, pattern in _EVENTS.items() if pattern.search(shape)) if _SPEAKS.search(shape) else ()
+    pairs = list(_PAIR.finditer(shape))
+    events = tuple(kind for kind, pattern in _EVENTS.items() if pattern.search(shape)) if speaks else ()
     return Shape(
         step=None if step is None else starts.get(step.start(1)),
         total=None if step is None else starts.get(step.start(2)),
-        slots=tuple(_slots(shape, starts, has_step=step is not None)) + _memory(shape, starts, events),
-        plans=tuple(_plans(shape, starts)),
+        slots=tuple(_slots(shape, pairs, starts, has_step=step is not None)) + _memory(shape, starts, events),
+        plans=tuple(_plans(pairs, starts)),
         scheduler=scheduler[1].lower() if scheduler else None,
         events=events,
     )
@@ -144,7 +152,7 @@ def _of_bar(shape: str, bar: re.Match[str], starts: Starts) -> Shape:
     """A progress bar: `12%|##   | 60/500 [00:12<01:28, 5.01it/s, loss=2.3]`."""
     steps = _BAR_OF_STEPS.search((bar[1] or "").strip())
     speed = _BAR_SPEED.search(shape)
-    slots = list(_slots(shape, starts, has_step=False))
+    slots = list(_slots(shape, list(_PAIR.finditer(shape)), starts, has_step=False))
     if steps is None:
         return Shape(slots=tuple(slots))
     if speed and speed.start(1) in starts:
@@ -154,26 +162,26 @@ def _of_bar(shape: str, bar: re.Match[str], starts: Starts) -> Shape:
     return Shape(starts.get(bar.start(2)), total=starts.get(bar.start(3)), epoch=epoch, slots=tuple(slots))
 
 
-def _slots(shape: str, starts: Starts, *, has_step: bool) -> Iterator[Slot]:
+def _slots(shape: str, pairs: Pairs, starts: Starts, *, has_step: bool) -> Iterator[Slot]:
     """The figures that a shape names, each once."""
     if "train_runtime" in shape:  # means over the whole run, which the Trainer prints at its end
         return
     is_eval = _EVALUATES.search(shape) is not None and _TRAINS.search(shape) is None
     bare = None if is_eval else _BARE_LOSS.match(shape)
     found = [_slot("loss", bare[1], bare[2], starts.get(bare.end(2 if bare[2] else 1)), is_eval=False)] if bare else []
-    pairs = [(pair, *_known_name(pair[1], is_weight="CURRICULUM" in shape)) for pair in _PAIR.finditer(shape)]
-    has_own_loss = any(name == "loss" and says_eval for _, name, says_eval in pairs)
-    for pair, name, says_eval in pairs:
+    named = [(pair, *_known_name(pair[1], is_weight="CURRICULUM" in shape)) for pair in pairs]
+    has_own_loss = any(name == "loss" and says_eval for _, name, says_eval in named)
+    for pair, name, says_eval in named:
         if name is None or (pair[2] and not (has_step and name in ("loss", "learning_rate", "grad_norm"))):
             continue
         measured = (is_eval and not (name == "loss" and has_own_loss)) if says_eval is None else says_eval
         slot = _slot(name, pair[3], pair[4], starts.get(pair.end()), is_eval=measured)
         found.append(replace(slot, convert=_root) if pair[1].endswith("²") else slot)
-    named: dict[tuple[str, bool], Slot] = {}
+    first: dict[tuple[str, bool], Slot] = {}
     for slot in found:
         if slot.index is not None or slot.constant is not None:
-            named.setdefault((slot.name, slot.is_eval), slot)
-    yield from named.values()
+            first.setdefault((slot.name, slot.is_eval), slot)
+    yield from first.values()
 
 
 def _slot(name: str, sign: str, special: str | None, index: int | None, *, is_eval: bool) -> Slot:
@@ -195,8 +203,8 @@ def _known_name(text: str, *, is_weight: bool) -> tuple[str | None, bool | None]
     return None, None
 
 
-def _plans(shape: str, starts: Starts) -> Iterator[tuple[str, int]]:
-    for pair in _PAIR.finditer(shape):
+def _plans(pairs: Pairs, starts: Starts) -> Iterator[tuple[str, int]]:
+    for pair in pairs:
         field = _PLANS.get(pair[1].lower().replace(" ", "_"))
         if field is not None and not pair[2] and pair.end() in starts:
             yield field, starts[pair.end()]
