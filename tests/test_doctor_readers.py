@@ -3,6 +3,8 @@
 import gzip
 import json
 import math
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -474,3 +476,37 @@ class TestJunk:
 
         check()
         assert 0.2 < np.mean(outcomes) < 0.9  # both are seen
+
+
+class TestLightness:
+    """As in an environment that holds NumPy, click and PyYAML alone."""
+
+    CODE = """
+import importlib.abc, sys
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        top = name.partition(".")[0]
+        if top not in sys.stdlib_module_names | {"click", "kdkit", "numpy", "yaml"} and not top.startswith("_"):
+            raise ModuleNotFoundError(f"there is no {name} here", name=name)
+
+sys.meta_path.insert(0, Refuse())
+sys.argv = ["kdkit", "doctor", sys.argv[1]]
+from kdkit.cli import main
+main()
+"""
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("log.txt", LOG),
+            ("metrics.jsonl", '{"kind": "train", "stage": "a", "step": 1, "loss": 2.0}'),
+            ("trainer_state.json", '{"log_history": [{"step": 1, "loss": 2.0}]}'),
+        ],
+    )
+    def test_needs_nothing_else(self, name: str, content: str, tmp_path: Path) -> None:
+        write(tmp_path, "config.yaml", "optim: {max_steps: 5}")
+        command = [sys.executable, "-c", self.CODE, str(write(tmp_path, name, content))]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (run.returncode, run.stderr) == (0, "")
+        assert "0 fail" in run.stdout
