@@ -128,8 +128,8 @@ class LiveDoctor(TrainerCallback):
         rows, self._place = self.metrics.rows_after(self._place)
         figures = Figures()
         for row in rows:
-            if row["stage"] == self.stage:
+            if row["stage"] == self.stage and row["kind"] in ("train", "eval"):
                 figures.add_row(row, row["step"], is_eval=row["kind"] == "eval")
-                if "code" in row:
-                    self._said.add((row["code"], row["severity"]))
+            elif row["stage"] == self.stage and "code" in row:
+                self._said.add((row["code"], row["severity"]))
         self.trace = self.trace.followed_by(figures.trace(self.trace.source, self.trace.planned))
