@@ -213,6 +213,25 @@ class TestChecks:
         frozen = "Step 5: eval_loss: 3.1416\n" * 2 + "Step 9: eval_loss: 3.1416\n"
         assert diagnose(tmp_path, frozen).codes == {"KD203"}
 
+    @pytest.mark.parametrize(
+        ("digests", "said"),
+        [
+            ({"rows_digest": "ab", "texts_digest": "cd"}, "the weights' change is not 0"),
+            ({"rows_digest": "ab"}, "the student's answers differ, so that the loss is a kept result"),
+            ({"texts_digest": "cd"}, None),
+        ],
+    )
+    def test_digests_tell_what_stands_still(self, digests: dict[str, str], said: str | None, tmp_path: Path) -> None:
+        rows = [{"kind": "train", "step": step, "update_norm": 0.1} for step in (10, 20, 30)]
+        for step in (20, 30):
+            differ = {"rows_digest": f"r{step}", "texts_digest": f"t{step}"}
+            rows.append({"kind": "eval", "step": step, "loss": 3.1415926} | differ | digests)
+        path = tmp_path / "metrics.jsonl"
+        path.write_text("".join(json.dumps({"stage": "distill"} | row) + "\n" for row in rows))
+        evidence = [finding.evidence for finding in diagnose_run(path).findings]
+        assert len(evidence) == (said is not None)
+        assert said is None or said in evidence[0]
+
     def test_a_loss_may_stand_still_where_the_learning_rate_has_ended(self, tmp_path: Path) -> None:
         def plateau(at: float) -> float:
             return 3 - min(at, 0.97)

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from kdkit.doctor import RUN_CHECKS
+from kdkit.doctor.config import CONFIG_CHECKS
 from kdkit.doctor.lessons import LESSONS, RUNS, Lesson
 
 
@@ -14,7 +15,7 @@ class TestLessons:
         assert lesson.run in RUNS
         assert lesson.said.endswith(".")
         assert lesson.true.endswith(".")
-        assert set(lesson.codes) <= {check.code for check in RUN_CHECKS}
+        assert set(lesson.codes) <= {check.code for check in (*CONFIG_CHECKS, *RUN_CHECKS)}
 
     def test_are_in_the_order_of_the_runs_and_each_run_has_some(self) -> None:
         runs = [lesson.run for lesson in LESSONS]

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from sphinx.application import Sphinx
 
 from kdkit.doctor import RUN_CHECKS, Check
+from kdkit.doctor.config import CONFIG_CHECKS
 from kdkit.doctor.lessons import LESSONS, RUNS, Lesson
 
 PAGE = "docs/doctor"
-CHECKS: Mapping[str, Sequence[Check]] = {"Checks of a log": RUN_CHECKS}
+CHECKS: Mapping[str, Sequence[Check]] = {"Checks of a config": CONFIG_CHECKS, "Checks of a log": RUN_CHECKS}
 _BEGIN = """The five post-mortems that kdkit grew out of, statement by statement. They contradict each other here and
 there, and err. Logs with their numbers are the tests of the checks."""
 _MARKUP = re.compile(r"[\\*_<\[\]$]")
@@ -41,12 +42,18 @@ def written() -> Iterator[str]:
 
 
 def _check(check: Check) -> Iterator[str]:
-    when = "afterwards, and while a run trains" if check.live else "afterwards"
+    when = _when(check)
     yield from (f"({check.code.lower()})=", f"### {check.code}: {_marked(check.name)}", "")
     parts = {"Symptom": check.symptom, "Cause": check.cause, "Fix": check.fix, "Source": check.source, "Asked": when}
     yield from ("```{container} check", "")
     yield from (f":{name}: {_marked(text)}" for name, text in parts.items())
     yield from ("```", "")
+
+
+def _when(check: Check) -> str:
+    if check in CONFIG_CHECKS:
+        return "before a run"
+    return "afterwards, and while a run trains" if check.live else "afterwards"
 
 
 def _lessons(lessons: Sequence[Lesson]) -> Iterator[str]:

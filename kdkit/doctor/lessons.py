@@ -34,28 +34,36 @@ LESSONS = (
     ),
     Lesson("000", "The total loss rises from 8 to 47.", "Fault: it ends far above where it had been.", ("KD208",)),
     Lesson("000", "Exact match falls from 2.8 % to 0.", "Fault: it follows the ROUGE-L.", ("KD215",)),
-    Lesson("000", "The run never evaluated and never saved: both intervals were -1.", "Fault, known from the config."),
+    Lesson(
+        "000",
+        "Intervals of -1 never evaluate and never save; 1 and 2 are right.",
+        "DistiLLM reads -1 as once an epoch, and the log has evaluations. Its intervals count optimizer steps: 1 and 2 "
+        "evaluate and save at every step or two. Elsewhere -1 and 0 often are never.",
+        ("KD121", "KD124"),
+    ),
     Lesson(
         "000",
         "The adaptive threshold was on from the first step, without a warm start.",
         "Fault, known from the config: what is fed back has to be worth it first.",
+        ("KD107",),
     ),
     Lesson(
         "000",
         "A threshold of 0.7 is a strict filter.",
         "The threshold is a share: at 0.7 the student writes 70 % of what it trains on.",
-        ("KD214",),
+        ("KD119", "KD227"),
     ),
     Lesson(
         "000",
         "An epsilon of 0.01 instead of 0.1 lets the threshold rise very slowly.",
         "The other way round: the threshold rises when the loss has risen by epsilon, and 0.01 is sooner reached.",
-        ("KD214",),
+        ("KD119",),
     ),
     Lesson(
         "000",
         "Beams and a low temperature keep bad text out.",
         "They change how text is drawn. What may be trained on is decided afterwards, by a guard.",
+        ("KD118",),
     ),
     Lesson(
         "000",
@@ -67,7 +75,7 @@ LESSONS = (
         "The schedule was made for 75,000 steps and got 4,687, so that the learning rate shows 0.00e+00.",
         "Two faults. The wrong length alone would have shown about 9e-06 by step 3000; a 0 at every row means that the "
         "optimizer or the scheduler never stepped.",
-        ("KD201", "KD202"),
+        ("KD103", "KD201", "KD202"),
     ),
     Lesson(
         "001",
@@ -85,6 +93,7 @@ LESSONS = (
         "001",
         "The parts and the total stand side by side.",
         "Fault: the parts, weighted, sum to 18.9, not to 101.4. Some other term or another weight is in the total.",
+        ("KD220",),
     ),
     Lesson(
         "001",
@@ -106,12 +115,13 @@ LESSONS = (
         "Warm-up is only 62 optimizer steps; then: it is 21 %, and 10 to 15 % are optimal.",
         "The two contradict each other. A warm-up of 21 % is a taste; one counted in other steps than the optimizer's "
         "is a fault.",
-        ("KD202",),
+        ("KD102", "KD103"),
     ),
     Lesson(
         "001",
         "The config says cosine, the code takes linear: a matter of names.",
         "Fault, if a mild one: the run is another than its config says.",
+        ("KD218",),
     ),
     Lesson("001", "2.5 steps a second are too slow.", "A taste: how long one may wait is for its owner to say."),
     Lesson(
@@ -138,6 +148,7 @@ LESSONS = (
         "002",
         "Raw components: KD 27.457 and label loss 1.580.",
         "These are weighted: 0.7 x 39.22 and 0.3 x 5.27. A log has to say which it shows.",
+        ("KD220",),
     ),
     Lesson(
         "002",
@@ -160,12 +171,17 @@ LESSONS = (
     ),
     Lesson("003", "A perplexity of 485,165,195.", "Fault: e^20 again.", ("KD204",)),
     Lesson("003", "36 lines a step, 896,000 in all.", "Fault, as a warning: nobody finds a figure.", ("KD216",)),
-    Lesson("003", "The label loss is logged at step 0 and never again.", "Fault: a term has gone without a word."),
+    Lesson(
+        "003",
+        "The label loss is logged at step 0 and never again.",
+        "Fault: a term has gone without a word.",
+        ("KD224",),
+    ),
     Lesson(
         "003",
         "Stopped early at half of the run: patience was too short.",
         "Fault, of another kind: it watched the total loss, whose weights change along the curriculum.",
-        ("KD217",),
+        ("KD122", "KD217"),
     ),
     Lesson(
         "003",
@@ -177,12 +193,13 @@ LESSONS = (
         "003",
         "The student has 30 layers and the teacher 24; the vocabularies have 49,152 and 151,936 ids.",
         "Both can be trained with a map of layers and of tokens. Without one, a fault known from the config.",
+        ("KD113", "KD116"),
     ),
     Lesson(
         "004",
         "Standard KD (Hinton et al. 2015) does not multiply by T squared.",
         "It does: section 2 says so, to keep gradients of soft and hard targets in proportion.",
-        ("KD207",),
+        ("KD105",),
     ),
     Lesson(
         "004",

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from kdkit.doctor.config.subject import Stage
 from kdkit.doctor.findings import Check, NotApplicable, Observation, warn
-from kdkit.doctor.words import POST_MORTEMS
+from kdkit.doctor.sources import POST_MORTEMS
 
 USUAL_EVALUATIONS = 10
 """Of a stage."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from kdkit.config.rollout import RolloutConfig
 from kdkit.doctor.config.subject import Stage
 from kdkit.doctor.findings import Check, NotApplicable, Observation, warn
-from kdkit.doctor.words import DISTILLM, POST_MORTEMS
+from kdkit.doctor.sources import DISTILLM, POST_MORTEMS
 
 MOST_EARLY_SHARE = 0.5
 """Of the student's own text at the first step (adaptive)."""

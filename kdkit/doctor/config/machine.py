@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from kdkit.doctor.config.subject import Stage
 from kdkit.doctor.findings import Check, NotApplicable, Observation, Value, fail, warn
-from kdkit.doctor.words import POST_MORTEMS
+from kdkit.doctor.sources import POST_MORTEMS
 from kdkit.memory.cards import Card
 from kdkit.runtime import BF16_CAPABILITY, INT8_CAPABILITY
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from kdkit.config.objective import TERM_NAMES
 from kdkit.doctor.config.subject import Stage
 from kdkit.doctor.findings import Check, NotApplicable, Observation, Value, fail, warn
-from kdkit.doctor.words import POST_MORTEMS
+from kdkit.doctor.sources import POST_MORTEMS
 
 
 def check_tokenizers(stage: Stage) -> Iterator[Observation]:

@@ -6,7 +6,7 @@ from kdkit.config import DistillConfig
 from kdkit.config.objective import TERM_NAMES
 from kdkit.doctor.config.subject import Stage
 from kdkit.doctor.findings import Check, NotApplicable, Observation, Value, fail, warn
-from kdkit.doctor.words import DISTILLM, HINTON, POST_MORTEMS
+from kdkit.doctor.sources import DISTILLM, HINTON, POST_MORTEMS
 from kdkit.schedules import Schedule
 
 SUM_RANGE = (0.5, 4.0)
@@ -159,7 +159,7 @@ CHECKS = (
         "there, since gradients shrink by it: at temperature 3 the loss one reads is 9 times the divergence, which is "
         "no fault, and it must not be compared with that of another temperature.",
         "Take 2.0, or 2.0 falling to 1.5, with temperature_scaling square.",
-        HINTON + "; " + POST_MORTEMS,
+        f"{HINTON}; {POST_MORTEMS}",
         check_temperature,
     ),
     Check(
@@ -179,7 +179,7 @@ CHECKS = (
         "then judges: of an untuned student that is noise. DistiLLM begins after three epochs on the labels.",
         "Put a stage on the labels before it. Where the student was tuned on such rows before, set rollout.gate={}: "
         "its text is used once its ROUGE-L is 20.",
-        DISTILLM + "; " + POST_MORTEMS,
+        f"{DISTILLM}; {POST_MORTEMS}",
         check_warm_start,
     ),
     Check(
@@ -188,7 +188,7 @@ CHECKS = (
         "top_k below 16, or above half of the vocabulary",
         "So few tokens say little of the rest; so many cost a sort and save nothing.",
         "Take 64 to 256, or leave top_k out.",
-        "post-mortems of two research projects: 256 of 151,936",
+        f"{POST_MORTEMS}: 256 of 151,936",
         check_top_k,
     ),
 )

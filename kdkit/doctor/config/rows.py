@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from kdkit.doctor.config.subject import Stage
 from kdkit.doctor.findings import Check, Observation, fail, warn
-from kdkit.doctor.words import POST_MORTEMS
+from kdkit.doctor.sources import POST_MORTEMS
 
 MOST_TRUNCATED = 0.05
 """Share of the rows whose answer is cut, or which are left out for their prompt."""

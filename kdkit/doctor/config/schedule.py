@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from kdkit.doctor.config.subject import Stage
 from kdkit.doctor.findings import Check, NotApplicable, Observation, fail, warn
-from kdkit.doctor.words import POST_MORTEMS
+from kdkit.doctor.sources import POST_MORTEMS
 
 WARMUP_FRACTION = 0.1
 """What a fix sets. 0.1 to 0.15 is usual."""

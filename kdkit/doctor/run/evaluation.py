@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 
 from kdkit.doctor.findings import Check, NotApplicable, Observation, fail
-from kdkit.doctor.run.sources import POST_MORTEMS
+from kdkit.doctor.sources import POST_MORTEMS
 from kdkit.doctor.trace import Series, Trace
 
 PERPLEXITY_CAPS = (20, 50)
@@ -28,11 +29,14 @@ def check_frozen_evaluation(trace: Trace) -> Iterator[Observation]:
         raise NotApplicable("two evaluations with a loss")
     losses = trace.evals[name].finite
     same = (np.diff(losses.values) == 0) & (np.diff(losses.steps) > 0) & _is_training(trace, losses.steps[1:])
+    rows = trace.digests.get("rows_digest", {})
+    same &= np.array([rows.get(a) == rows.get(b) for a, b in pairwise(losses.steps.tolist())], dtype=bool)
     if not same.any() or _last_digit(losses.values) > COARSE_FRACTION * np.abs(losses.values).max():
         return
     at = int(np.argmax(same))
-    evidence = f"evaluation {name} {losses.values[at]:.6g} at steps {losses.steps[at]} and {losses.steps[at + 1]} alike"
-    yield fail(f"{evidence}: {_what_froze(trace)}")
+    first, second = losses.steps[at : at + 2].tolist()
+    evidence = f"evaluation {name} {losses.values[at]:.6g} at steps {first} and {second} alike"
+    yield fail(f"{evidence}: {_what_froze(trace, first, second)}")
 
 
 def _is_training(trace: Trace, steps: np.ndarray) -> np.ndarray:
@@ -49,8 +53,11 @@ def _last_digit(values: np.ndarray) -> float:
     return next((10.0**-digits for digits in range(6) if np.allclose(values, values.round(digits), 0, 1e-9)), 1e-6)
 
 
-def _what_froze(trace: Trace) -> str:
-    """Nothing learnt, or one result shown again."""
+def _what_froze(trace: Trace, first: int, second: int) -> str:
+    """Nothing learnt, or one result shown again; by the answers of two evaluations, else by what moves in training."""
+    texts = trace.digests.get("texts_digest", {})
+    if first in texts and second in texts and texts[first] != texts[second]:
+        return "the student's answers differ, so that the loss is a kept result"
     for name, what in (("update_norm", "the weights' change"), ("learning_rate", "the learning rate")):
         figure = trace.train.get(name)
         if figure is not None and len(figure) >= 3:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from kdkit.doctor.findings import Check, NotApplicable, Observation, fail, warn
-from kdkit.doctor.run.sources import POST_MORTEMS
+from kdkit.doctor.sources import DISTILLM, POST_MORTEMS
 from kdkit.doctor.trace import Series, Trace
 
 ROUGE_FRACTION = 0.8
@@ -60,7 +60,7 @@ ROUGE = Check(
     "The student trains on its own bad text: a threshold is the share of that text, no filter, and rises sooner "
     "with a smaller epsilon.",
     "Warm the student up first, guard its text, take the threshold back; or train without it.",
-    POST_MORTEMS + "; arXiv:2402.03898",
+    f"{POST_MORTEMS}; {DISTILLM}",
     check_rouge,
 )
 
@@ -111,7 +111,7 @@ OWN_TEXT = Check(
     "An adaptive threshold rises when the validation loss does, whatever the reason; bad text then raises the loss, "
     "and the loss the share of bad text.",
     "Warm the student up first; guard its text; let a fall of ROUGE-L take the threshold back.",
-    POST_MORTEMS + "; arXiv:2402.03898",
+    f"{POST_MORTEMS}; {DISTILLM}",
     check_own_text,
 )
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from kdkit.doctor.findings import Check, NotApplicable, Observation, fail, warn
-from kdkit.doctor.run.sources import POST_MORTEMS
+from kdkit.doctor.sources import POST_MORTEMS
 from kdkit.doctor.trace import Series, Trace
 
 DIVERGED_RATIO = 2.0
@@ -156,6 +156,7 @@ LEARNING = Check(
     "Look at the change of the weights, and at each term alone.",
     POST_MORTEMS,
     check_learning,
+    live=False,
 )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from kdkit.doctor.findings import Check, NotApplicable, Observation, fail, warn
-from kdkit.doctor.run.sources import POST_MORTEMS
+from kdkit.doctor.sources import POST_MORTEMS
 from kdkit.doctor.trace import Trace
 
 FULL_FRACTION = 0.9
@@ -51,6 +51,7 @@ DTYPES = Check(
     "Compute the objective inside the module that is under autocast, in training and in evaluation.",
     POST_MORTEMS,
     check_dtypes,
+    live=False,
 )
 
 
@@ -67,6 +68,7 @@ OUT_OF_MEMORY = Check(
     "See what kdkit plan says of the settings.",
     "github.com/huggingface/trl issue 2255",
     check_out_of_memory,
+    live=False,
 )
 
 
@@ -87,6 +89,7 @@ LOG_VOLUME = Check(
     "Write a row every 10 to 100 steps.",
     POST_MORTEMS,
     check_log_volume,
+    live=False,
 )
 
 
@@ -107,6 +110,7 @@ EARLY_STOP = Check(
     "Watch ROUGE-L or cross-entropy; see KD203 first.",
     POST_MORTEMS,
     check_early_stop,
+    live=False,
 )
 
 

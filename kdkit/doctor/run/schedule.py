@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdkit.doctor.findings import Check, NotApplicable, Observation, fail, warn
-from kdkit.doctor.run.sources import POST_MORTEMS
+from kdkit.doctor.sources import POST_MORTEMS
 from kdkit.doctor.trace import Series, Trace
 
 UNFINISHED_FRACTION = 0.5
@@ -99,6 +99,7 @@ SCHEDULE_LENGTH = Check(
     "Give the scheduler the number of optimizer steps: forward passes divided by the accumulation.",
     POST_MORTEMS,
     check_schedule_length,
+    live=False,
 )
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kdkit.doctor.findings import Check, NotApplicable, Observation, fail, warn
-from kdkit.doctor.run.sources import POST_MORTEMS
+from kdkit.doctor.sources import POST_MORTEMS
 from kdkit.doctor.trace import Series, Trace
 
 LARGEST_PART = 12.0

@@ -1,4 +1,4 @@
-"""Sources that several checks name."""
+"""Where what the checks know is from, if more than one of them names it."""
 
 POST_MORTEMS = "post-mortems of two research projects"
 DISTILLM = "DistiLLM, arXiv:2402.03898"
