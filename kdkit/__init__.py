@@ -11,6 +11,7 @@ The map, in the order in which a run uses it:
                 `rollout`, the student's own text; `sweep`, one config over values and seeds
     memory      bytes by part before anything is loaded, counted or estimated; what fits; hours
     evaluation  ROUGE-L, exact match, perplexity, with confidence intervals
+    doctor      what is wrong with a config, and with a run by its log; fixes
     plots       figures from plain rows;  report: one HTML page per run
     inspection  a finished run's models on one prompt, and a teacher's dtype, experts and tokenizer before one
     notebook    what notebooks call
