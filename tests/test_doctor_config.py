@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kdkit.cli import cli
 from kdkit.config import demo_folder, list_presets, load_config
 from kdkit.doctor.config import CONFIG_CHECKS, diagnose_config, fix_config
+from kdkit.doctor.config.foreign import DISTILLM_KEYS, USUAL_KEYS
 from kdkit.doctor.findings import Severity
 from kdkit.errors import UserError
 from kdkit.memory.cards import CARDS
@@ -342,6 +343,55 @@ class TestFix:
             overrides = DEMO_PAIR
         fixed = fix_config(preset, overrides, card=T4)
         assert fixed.diagnosis.findings == []
+
+
+JUNK = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from([-1, 0, 1, 10**400, 1e308, "off", "cosine", "1e-4", "auto", "nf4", "${demo}/teacher"])
+    | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=5,
+)
+KEYS = st.sampled_from(sorted({*USUAL_KEYS, *DISTILLM_KEYS, "type", "student_gen", "training", "teacher", "stages"}))
+LINES = st.lists(
+    st.builds(lambda key, value: f'OPTS+=" --{key.replace("_", "-")} {value}"', KEYS, JUNK) | st.text(max_size=20),
+    max_size=12,
+)
+
+
+class TestJunk:
+    """Whatever stands in the file: a diagnosis or one message."""
+
+    def outcome_of(self, path: Path) -> str:
+        try:
+            fix_config(str(path), card=T4)
+        except UserError as error:
+            return str(error)
+        return "mended"
+
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(content=st.dictionaries(KEYS | st.text(max_size=5), JUNK, max_size=12), is_nested=st.booleans())
+    def test_keys(self, content: dict[str, object], is_nested: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
+        tree = {"training": content} if is_nested else content
+        assert self.outcome_of(written(tmp_path_factory.mktemp("junk"), tree))
+
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(lines=LINES)
+    def test_flags(self, lines: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
+        path = tmp_path_factory.mktemp("junk") / "train.sh"
+        path.write_text("\n".join(lines), encoding="utf-8", errors="replace")
+        assert self.outcome_of(path)
+
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(content=st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode(errors="replace")))
+    @pytest.mark.parametrize("name", ["mine.yaml", "mine.json", "mine.sh"])
+    def test_bytes(self, content: bytes, name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+        path = tmp_path_factory.mktemp("junk") / name
+        path.write_bytes(content)
+        assert self.outcome_of(path)
 
 
 class TestCommand:

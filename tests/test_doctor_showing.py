@@ -32,7 +32,7 @@ warn  KD902 a bit odd
       from  source of KD902
 
 good  looked for and not seen: never seen (KD903); nor this (KD904)
-skip  could not be asked: KD905, KD906 (two evaluations); KD907 (a log)
+skip  not asked, as these are missing: two evaluations (KD905, KD906); a log (KD907)
 2 fail, 1 warn, 2 good, 3 skipped"""
 
 
@@ -50,7 +50,7 @@ class TestDiagnosisLines:
     def test_nothing_wrong_is_three_lines(self):
         assert list(diagnosis_lines(healthy_diagnosis())) == [
             "good  looked for and not seen: never seen (KD903)",
-            "skip  could not be asked: KD907 (a log)",
+            "skip  not asked, as these are missing: a log (KD907)",
             "0 fail, 0 warn, 1 good, 1 skipped",
         ]
 
@@ -147,7 +147,7 @@ class TestDiagnosisHtml:
             "warn KD902 a bit odd seen stage distill: 0.5 where 0.7 was due why cause of KD902 what to do fix of KD902 "
             "source source of KD902 "
             "2 looked for and not seen KD903 never seen KD904 nor this "
-            "3 could not be asked KD905 unasked, KD906 unasked too two evaluations KD907 unknown a log"
+            "3 not asked, as something is missing KD905 unasked, KD906 unasked too two evaluations KD907 unknown a log"
         )
 
     def test_findings_are_open_and_the_rest_is_folded_away(self):

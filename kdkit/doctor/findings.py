@@ -22,7 +22,7 @@ class Severity(StrEnum):
 
 
 class NotApplicable(Exception):
-    """A check lacks what it looks at; its text says what."""
+    """A check lacks what it looks at; its text names that, such as `two evaluations with a loss`."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def examine(subject: str, parts: Mapping[str | None, Subject], checks: Iterable[
                 reasons.append(str(reason))
         findings += seen
         if len(reasons) == len(parts):
-            skipped[check.code] = reasons[0] if reasons else "there is nothing to look at"
+            skipped[check.code] = reasons[0] if reasons else "something to look at"
         elif not seen:
             passed.append(check.code)
     findings.sort(key=lambda finding: (finding.severity != Severity.FAIL, finding.code))

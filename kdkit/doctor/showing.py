@@ -50,8 +50,8 @@ def diagnosis_lines(diagnosis: Diagnosis, *, width: int = WIDTH, is_coloured: bo
         yield ""
     passed = [f"{diagnosis.names.get(code, '')} ({code})".strip() for code in diagnosis.passed]
     yield from _rest_lines("good", "looked for and not seen: ", passed, width, pen)
-    skipped = [f"{', '.join(codes)} ({reason})" for reason, codes in by_reason(diagnosis.skipped).items()]
-    yield from _rest_lines("skip", "could not be asked: ", skipped, width, pen)
+    missing = [f"{reason} ({', '.join(codes)})" for reason, codes in by_reason(diagnosis.skipped).items()]
+    yield from _rest_lines("skip", "not asked, as these are missing: ", missing, width, pen)
     yield ", ".join(_counts(diagnosis, pen))
 
 
@@ -73,7 +73,13 @@ def patch_lines(findings: Iterable[Finding]) -> list[str]:
     merged: dict[str, Value] = {}
     for finding in findings:
         merged |= finding.patch
-    return yaml.safe_dump(merged, sort_keys=False, width=sys.maxsize).splitlines() if merged else []
+    return [f"{field}: {_as_yaml(value)}" for field, value in merged.items()]
+
+
+def _as_yaml(value: Value) -> str:
+    """In one line."""
+    text = yaml.safe_dump(value, sort_keys=False, default_flow_style=True, width=sys.maxsize)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def seen(finding: Finding) -> str:

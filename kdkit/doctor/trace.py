@@ -143,5 +143,5 @@ def _taken(figures: Mapping[str, Series], name: str, at_least: int, when: str) -
     series = figures.get(name)
     found = 0 if series is None else len(series)
     if series is None or found < at_least:
-        raise NotApplicable(f"{name} {when}: {found} values, at least {at_least} needed")
+        raise NotApplicable(f"{at_least} values of {name} {when}, {found} found")
     return series

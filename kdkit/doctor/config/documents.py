@@ -161,7 +161,17 @@ def _lay_over(below: Any, above: Mapping[str, Any], whole: list[str]) -> None:
         if isinstance(value, Mapping) and isinstance(below.get(key), Mapping) and not is_whole:
             _lay_over(below[key], value, whole[1:] if whole[:1] == [key] else [])
         else:
-            below[key] = value
+            below[key] = _quoted(value)
+
+
+def _quoted(value: Any) -> Any:
+    """With quotes about texts such as off, which YAML 1.1 reads as something else."""
+    from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+
+    if isinstance(value, Mapping):
+        return {key: _quoted(item) for key, item in value.items()}
+    is_plain = not isinstance(value, str) or yaml.safe_load(value) == value
+    return value if is_plain else DoubleQuotedScalarString(value)
 
 
 # --- others ----------------------------------------------------------------------------------------------------------

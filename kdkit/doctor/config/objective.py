@@ -29,7 +29,7 @@ def check_weights(stage: Stage) -> Iterator[Observation]:
     """The sum of all weights, and terms that weigh next to nothing."""
     known = [name for name in TERM_NAMES if stage.knows(f"objective.{name}.weight")]
     if not known:
-        raise NotApplicable("the file says nothing of weights")
+        raise NotApplicable("weights of the objective in the file")
     weights = {name: stage.config.objective.weights[name] for name in known}
     weights = {name: weight for name, weight in weights.items() if weight.largest > 0}
     total = sum(weight.largest for weight in weights.values())

@@ -17,7 +17,7 @@ def check_warmup(stage: Stage) -> Iterator[Observation]:
     """Warm-up in optimizer steps, as a share of them."""
     optim = stage.config.optim
     if not (stage.knows("optim.warmup_steps") or stage.knows("optim.warmup_fraction")):
-        raise NotApplicable("the file says nothing of a warm-up")
+        raise NotApplicable("optim.warmup_steps or optim.warmup_fraction in the file")
     if optim.scheduler == "constant":
         yield warn("scheduler constant has no warm-up", **{"optim.scheduler": "constant_with_warmup"})
         return

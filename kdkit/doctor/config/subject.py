@@ -50,9 +50,9 @@ class Readings:
             except NotApplicable as reason:
                 self._kept[key] = reason
             except ImportError as error:
-                self._kept[key] = NotApplicable(f"{what}: {error.name} is not installed")
+                self._kept[key] = NotApplicable(f"{error.name}, for {what}")
             except UserError as error:
-                self._kept[key] = NotApplicable(f"{what}: {str(error).splitlines()[0].partition(': ')[0]}")
+                self._kept[key] = NotApplicable(f"{what} ({str(error).splitlines()[0].partition(': ')[0]})")
         kept = self._kept[key]
         if isinstance(kept, NotApplicable):
             raise kept
@@ -212,7 +212,7 @@ class Stage:
         """
         missing = [name for name in fields if not self.knows(name)]
         if missing:
-            raise NotApplicable(f"the file says nothing of {', '.join(missing)}")
+            raise NotApplicable(f"{', '.join(missing)} in the file")
 
     def needs_kd(self) -> None:
         """Ends a check of a stage that compares no distributions."""
