@@ -265,6 +265,9 @@ class TestOtherTrainers:
             "objective.kd.temperature='hot'",
         ]
 
+    def test_null_is_not_set(self, tmp_path: Path) -> None:
+        assert found(written(tmp_path, {"learning_rate": None, "teacher_model": None, "seed": 1})) == {}
+
     @pytest.mark.parametrize("text", ["{}", "[1, 2]", '{"unknown": 1}', "null", "3"])
     def test_a_file_without_settings_is_refused(self, tmp_path: Path, text: str) -> None:
         with pytest.raises(UserError):

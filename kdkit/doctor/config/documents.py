@@ -72,7 +72,7 @@ def read_document(source: str, overrides: Iterable[str] = ()) -> Document:
         return _own(source, text, overrides)
     if overrides:
         raise UserError(f"--set sets fields of kdkit, and {source} is another trainer's: change the file itself")
-    if not document.translation.stated:
+    if not (document.translation.stated or document.translation.refused):
         raise UserError(f"{source} has no setting that is known here: give a config of kdkit, HF, TRL or DistiLLM")
     return document
 

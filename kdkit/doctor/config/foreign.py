@@ -214,7 +214,7 @@ def translate(given: Mapping[str, Value]) -> Translation:
         stated |= _DISTILLM_DEFAULTS | _distillm_type(given)
     for name, value in given.items():
         key = keys.get(name)
-        if key is None:
+        if key is None or (value is None and key.read is not _never):
             continue
         try:
             stated[key.field] = key.read(value)
