@@ -241,6 +241,35 @@ class TestOtherTrainers:
         half = given | {"bf16": False, "fp16": True, "warmup_steps": 10, "save_steps": 50}
         assert found(written(tmp_path, half), num_rows=3200) == {"KD111": "fail"}
 
+    def test_what_hf_overrules_or_leaves_open_is_no_fault(self, tmp_path: Path) -> None:
+        given = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "num_train_epochs": 1.0}
+        given |= {"max_steps": 5000, "warmup_steps": 0, "warmup_ratio": 0.1, "eval_steps": 0.1, "save_steps": 0.1}
+        given |= {"max_grad_norm": 0, "max_length": None}
+        assert found(written(tmp_path, given), num_rows=3200) == {}
+        given |= {"eval_strategy": "epoch", "eval_steps": None, "warmup_steps": 0.1, "warmup_ratio": None}
+        assert found(written(tmp_path, given), num_rows=3200) == {}
+
+    def test_temperature_of_trl_gkd_is_that_of_sampling(self, tmp_path: Path) -> None:
+        assert found(written(tmp_path, {"temperature": 0.9, "lmbda": 0.5, "seed": 1})) == {}
+
+    def test_flags_of_hf_have_underscores_and_quotes(self, tmp_path: Path) -> None:
+        flags = '--learning_rate "5e-5" --per_device_train_batch_size=8 --gradient_accumulation_steps 4 --bf16'
+        path = written(tmp_path, f"python train.py {flags} --num_train_epochs 1 --warmup_steps '100'\n", "train.sh")
+        (warmup, dtype) = diagnose_config(str(path), card=T4, num_rows=3200).findings
+        assert warmup.evidence.startswith("100 of 100 optimizer steps are warm-up")
+        assert dtype.code == "KD111"
+
+    def test_a_variable_that_the_script_does_not_set_is_no_value(self, tmp_path: Path) -> None:
+        script = "python train.py --lr ${LR:-5e-4} --batch-size $1 --epochs 3 --seed 1\n"
+        assert found(written(tmp_path, script, "train.sh")) == {}
+
+    @pytest.mark.parametrize("text", ["optimizer: {type: AdamW}\nlr: 1\n1: 2\n", "type: srkl\nlr: 1\n1: 2\n"])
+    def test_keys_that_are_no_words(self, tmp_path: Path, text: str) -> None:
+        found(written(tmp_path, text, "other.yaml"))
+
+    def test_a_type_of_optimizer_is_none_of_distillm(self, tmp_path: Path) -> None:
+        assert found(written(tmp_path, {"optimizer": {"type": "AdamW"}, "lr": 0.1})) == {"KD125": "warn"}
+
     def test_padding_that_is_the_end_of_text(self, tmp_path: Path) -> None:
         from transformers import AutoTokenizer
 
@@ -309,6 +338,32 @@ class TestFix:
         fixed = fix_config(str(written(tmp_path, text, "mine.yaml")), card=T4)
         assert fixed.text == text.replace("100", "25 ")
         assert [finding.code for finding in fixed.mended] == ["KD102"]
+
+    def test_comments_and_indentation_of_another_trainers_file_stay(self, tmp_path: Path) -> None:
+        text = "train:\n    warmup_steps: 400  # too long?\n    max_steps: 500\n    seed: 1\n"
+        fixed = fix_config(str(written(tmp_path, text, "other.yaml")), card=T4)
+        assert fixed.text == text.replace("400", "50 ")
+
+    def test_json_stays_json(self, tmp_path: Path) -> None:
+        own = {"preset": "demo", "optim": {"warmup_steps": 100}}
+        fixed = fix_config(str(written(tmp_path, own)), card=T4)
+        assert json.loads(fixed.text) == own | {"optim": {"warmup_steps": 25}}
+
+    def test_a_switch_is_taken_out(self, tmp_path: Path) -> None:
+        script = "python train.py --bf16 --batch_size 8 --seed 1\n"
+        fixed = fix_config(str(written(tmp_path, script, "train.sh")), card=T4)
+        assert fixed.text.split() == script.replace("--bf16 ", "").split()
+
+    def test_a_schedule_of_set_takes_the_place_of_the_file_s(self, tmp_path: Path) -> None:
+        text = "preset: demo\nobjective: {kd: {temperature: {start: 2, end: 1.5, begin: 0.5}}}\n"
+        above = "objective.kd.temperature={start: 2.5, end: 2}"
+        fixed = fix_config(str(written(tmp_path, text, "mine.yaml")), [above], card=T4)
+        assert yaml.safe_load(fixed.text)["objective"]["kd"]["temperature"] == {"start": 2.5, "end": 2}
+
+    @pytest.mark.parametrize("text", ["- a\n", "", "preset: demo\nseed: 1\nseed: 2\noptim: {warmup_fraction: 0}\n"])
+    def test_what_cannot_be_changed_is_one_message(self, tmp_path: Path, text: str) -> None:
+        with pytest.raises(UserError):
+            fix_config(str(written(tmp_path, text, "mine.yaml")), ["student.revision=x"], card=T4)
 
     def test_a_missing_warm_start_comes_first(self) -> None:
         fixed = fix_config("demo", ["objective.kd.loss=reverse_kl"], card=T4)
