@@ -155,6 +155,22 @@ class TestFaults:
         other = written(tmp_path, "".join(lines[:30]), "other.jsonl")
         assert found("demo", f"data.validation={other}")["KD123"] == "warn"
 
+    def test_few_answers_where_nobody_knows_the_steps(self, tmp_path: Path) -> None:
+        overrides = ["data.train=hub/rows", "evaluation={every_steps: 10, generate_rows: 5}"]
+        assert found("demo", *overrides)["KD120"] == "warn"
+
+    def test_shared_prompts_beside_rows_that_are_not_here(self, tmp_path: Path) -> None:
+        """What was seen before a check lacked something was lost."""
+        copied = tmp_path / "copied.jsonl"
+        copied.write_bytes((demo_folder() / "train.jsonl").read_bytes())
+        assert found("demo", f"data.validation={copied}", "data.test=hub/rows")["KD123"] == "warn"
+
+    def test_what_fits_says_its_price(self) -> None:
+        from kdkit.memory.cards import card_of_budget
+
+        (finding,) = (f for f in diagnose_config("demo", card=card_of_budget(0.1)).findings if f.code == "KD110")
+        assert finding.evidence.endswith("and no settings fit")
+
     def test_each_check_has_been_seen_to_fire(self) -> None:
         cases = next(mark for mark in self.test_it_is_named.pytestmark if mark.name == "parametrize").args[1]  # type: ignore[attr-defined]
         elsewhere = {"KD101", "KD103", "KD110", "KD113", "KD114", "KD125"}
@@ -364,6 +380,40 @@ class TestFix:
     def test_what_cannot_be_changed_is_one_message(self, tmp_path: Path, text: str) -> None:
         with pytest.raises(UserError):
             fix_config(str(written(tmp_path, text, "mine.yaml")), ["student.revision=x"], card=T4)
+
+    def test_a_stage_that_is_well_does_not_change(self, tmp_path: Path) -> None:
+        text = """preset: demo
+stages:
+  first: {}
+  second: {objective: {kd: {weight: 1.0}, lm: {weight: 9.0}}, evaluation: {early_stopping: {patience: 1}}}
+"""
+        path = written(tmp_path, text, "mine.yaml")
+        before, fixed = load_config(path), fix_config(str(path), ["objective.kd.temperature=3"], card=T4)
+        after = load_config(yaml.safe_load(fixed.text))
+        assert fixed.diagnosis.findings == []
+        assert after.objective.kd.temperature.start == 2.0  # which both stages take from the base
+        assert after.objective.weights == before.objective.weights
+        assert after.evaluation == before.evaluation
+        second = after.stages["second"]["objective"]
+        assert (second["kd"]["weight"], second["lm"]["weight"]) == (0.1, 0.9)  # type: ignore[index,call-overload]
+
+    def test_a_part_that_one_stage_alone_has(self, tmp_path: Path) -> None:
+        """Patience went to the base, which has no evaluations to wait for, and the config was refused."""
+        stage = "{evaluation: {every_steps: 5, early_stopping: {}}}"
+        text = f"preset: demo\nevaluation: {{every_steps: 0}}\nstages:\n  main: {stage}\n"
+        fixed = fix_config(str(written(tmp_path, text, "mine.yaml")), ["optim.max_steps=500"], card=T4)
+        assert yaml.safe_load(fixed.text)["stages"]["main"]["evaluation"]["early_stopping"] == {"patience": 20}
+
+    def test_evaluations_that_are_rare_and_dear_take_fewer_rows(self) -> None:
+        dear = ["optim.max_steps=100", "evaluation={every_steps: 10, generate_rows: 5000, max_new_tokens: 128}"]
+        (finding,) = diagnose_config("demo", dear, card=T4).findings
+        assert (finding.code, list(finding.patch)) == ("KD121", ["evaluation.generate_rows"])
+        assert fix_config("demo", dear, card=T4).diagnosis.findings == []
+
+    def test_a_ramp_of_experts_stays_a_ramp(self) -> None:
+        asked = ["objective.routing={weight: 0.05, num_experts: {start: 1, end: 64}}"]
+        experts = yaml.safe_load(fix_config("demo-moe", asked, card=T4).text)["objective"]["routing"]["num_experts"]
+        assert experts["start"] == 1 < experts["end"] < 64
 
     def test_a_missing_warm_start_comes_first(self) -> None:
         fixed = fix_config("demo", ["objective.kd.loss=reverse_kl"], card=T4)

@@ -1,6 +1,7 @@
 """Checks of the config against the card: memory, dtypes, kernels."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 from kdkit.doctor.config.subject import Stage
 from kdkit.doctor.findings import Check, NotApplicable, Observation, Value, fail, warn
@@ -22,13 +23,14 @@ def check_memory(stage: Stage) -> Iterator[Observation]:
     if plan.used_fraction <= FULL_FRACTION:
         return
     say = warn if plan.fits else fail
-    try:
-        patch: dict[str, Value] = dict(around.fit.changes)
-    except NotApplicable:  # nothing fits
-        patch = {}
+    patch: dict[str, Value] = {}
+    price = ", and no settings fit"
+    with suppress(NotApplicable):
+        patch = dict(around.fit.changes)
+        price = f"; what fits costs: {'; '.join(around.fit.given_up)}" if around.fit.given_up else ""
     yield say(
         f"stage {around.plan.stage} is planned to take {plan.used_fraction:.0%} of the {card.memory_gib:g} GiB of a "
-        f"{card.name}",
+        f"{card.name}{price}",
         **patch,
     )
 
