@@ -285,6 +285,13 @@ class TestChecks:
         single = run_of(tmp_path, num_rows=1000, loss=lambda at: 2.5 * noise[round(at * 999)])
         assert single.codes == {"KD221", "KD222"}
 
+    def test_few_exact_matches_may_be_gone_by_chance(self, tmp_path: Path) -> None:
+        def severity(best: float, gained: float) -> str:
+            figures = {"eval_exact_match": lambda at: best * (at < 0.5), "eval_rouge_l": lambda at: 20 + gained * at}
+            return {finding.code: finding.severity for finding in run_of(tmp_path, **figures).findings}["KD215"]
+
+        assert [severity(2, 1), severity(2, -8), severity(9, 1)] == ["warn", "fail", "fail"]
+
     def test_changing_weights_make_losses_incomparable(self, tmp_path: Path) -> None:
         grown = {"loss": lambda at: 1 + 9 * at, "weight/lm": lambda at: at}
         diagnosis = run_of(tmp_path, **grown)

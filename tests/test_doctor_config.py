@@ -15,7 +15,8 @@ from kdkit.config import demo_folder, list_presets, load_config
 from kdkit.doctor.config import CONFIG_CHECKS, diagnose_config, fix_config
 from kdkit.doctor.findings import Severity
 from kdkit.errors import UserError
-from kdkit.memory.cards import CARDS
+from kdkit.memory.cards import CARDS, card_of_budget
+from kdkit.memory.planning import plan_run
 
 T4 = CARDS["t4"]
 DEMO_PAIR = (
@@ -132,8 +133,6 @@ class TestFaults:
         assert found("demo", *overrides)[code] == severity
 
     def test_memory_of_a_small_card(self) -> None:
-        from kdkit.memory.cards import card_of_budget
-
         assert found("demo", card=card_of_budget(0.1))["KD110"] == "fail"
 
     def test_bfloat16_where_there_are_units_for_it(self) -> None:
@@ -155,6 +154,11 @@ class TestFaults:
         other = written(tmp_path, "".join(lines[:30]), "other.jsonl")
         assert found("demo", f"data.validation={other}")["KD123"] == "warn"
 
+    def test_memory_that_the_planner_calls_fitting_is_no_fault(self) -> None:
+        used = plan_run(load_config("demo"), T4).worst.used_fraction * T4.memory_gib
+        assert "KD110" not in found("demo", card=card_of_budget(used / 0.91))
+        assert found("demo", card=card_of_budget(used / 0.93))["KD110"] == "fail"
+
     def test_few_answers_where_nobody_knows_the_steps(self, tmp_path: Path) -> None:
         overrides = ["data.train=hub/rows", "evaluation={every_steps: 10, generate_rows: 5}"]
         assert found("demo", *overrides)["KD120"] == "warn"
@@ -166,8 +170,6 @@ class TestFaults:
         assert found("demo", f"data.validation={copied}", "data.test=hub/rows")["KD123"] == "warn"
 
     def test_what_fits_says_its_price(self) -> None:
-        from kdkit.memory.cards import card_of_budget
-
         (finding,) = (f for f in diagnose_config("demo", card=card_of_budget(0.1)).findings if f.code == "KD110")
         assert finding.evidence.endswith("and no settings fit")
 
