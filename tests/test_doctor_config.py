@@ -399,6 +399,14 @@ stages:
         second = after.stages["second"]["objective"]
         assert (second["kd"]["weight"], second["lm"]["weight"]) == (0.1, 0.9)  # type: ignore[index,call-overload]
 
+    def test_a_warm_start_leaves_the_other_stages(self, tmp_path: Path) -> None:
+        """It took the place of all of them, and of what the first one sets."""
+        stages = {"warm_start": {"objective": {"kd": {"loss": "reverse_kl"}}}, "last": {"optim": {"epochs": 1.0}}}
+        path = written(tmp_path, yaml.safe_dump({"preset": "demo", "stages": stages}, sort_keys=False), "mine.yaml")
+        fixed = load_config(yaml.safe_load(fix_config(str(path), card=T4).text)).stages
+        assert list(fixed) == ["warm_start_first", "warm_start", "last"]
+        assert {name: fixed[name] for name in stages} == stages
+
     def test_a_part_that_one_stage_alone_has(self, tmp_path: Path) -> None:
         """Patience went to the base, which has no evaluations to wait for, and the config was refused."""
         stage = "{evaluation: {every_steps: 5, early_stopping: {}}}"
