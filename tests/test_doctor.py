@@ -279,6 +279,19 @@ class TestChecks:
         assert not run_of(tmp_path, num_rows=6, seconds=lambda at: 5.0).findings
         assert run_of(tmp_path, num_rows=30, seconds=lambda at: 5.0).codes == {"KD226"}
 
+    def test_an_easy_micro_batch_is_no_level(self, tmp_path: Path) -> None:
+        """Rows of single micro-batches: the lowest of many is far below the level of a run that goes well."""
+        noise = np.exp(0.35 * np.random.default_rng(0).standard_normal(1000))
+        single = run_of(tmp_path, num_rows=1000, loss=lambda at: 2.5 * noise[round(at * 999)])
+        assert single.codes == {"KD221", "KD222"}
+
+    def test_few_exact_matches_may_be_gone_by_chance(self, tmp_path: Path) -> None:
+        def severity(best: float, gained: float) -> str:
+            figures = {"eval_exact_match": lambda at: best * (at < 0.5), "eval_rouge_l": lambda at: 20 + gained * at}
+            return {finding.code: finding.severity for finding in run_of(tmp_path, **figures).findings}["KD215"]
+
+        assert [severity(2, 1), severity(2, -8), severity(9, 1)] == ["warn", "fail", "fail"]
+
     def test_changing_weights_make_losses_incomparable(self, tmp_path: Path) -> None:
         grown = {"loss": lambda at: 1 + 9 * at, "weight/lm": lambda at: at}
         diagnosis = run_of(tmp_path, **grown)

@@ -16,7 +16,8 @@ from kdkit.doctor.config import CONFIG_CHECKS, diagnose_config, fix_config
 from kdkit.doctor.config.foreign import DISTILLM_KEYS, USUAL_KEYS
 from kdkit.doctor.findings import Severity
 from kdkit.errors import UserError
-from kdkit.memory.cards import CARDS
+from kdkit.memory.cards import CARDS, card_of_budget
+from kdkit.memory.planning import plan_run
 
 T4 = CARDS["t4"]
 DEMO_PAIR = (
@@ -133,8 +134,6 @@ class TestFaults:
         assert found("demo", *overrides)[code] == severity
 
     def test_memory_of_a_small_card(self) -> None:
-        from kdkit.memory.cards import card_of_budget
-
         assert found("demo", card=card_of_budget(0.1))["KD110"] == "fail"
 
     def test_bfloat16_where_there_are_units_for_it(self) -> None:
@@ -155,6 +154,25 @@ class TestFaults:
         lines = (demo_folder() / "train.jsonl").read_text().splitlines(keepends=True)
         other = written(tmp_path, "".join(lines[:30]), "other.jsonl")
         assert found("demo", f"data.validation={other}")["KD123"] == "warn"
+
+    def test_memory_that_the_planner_calls_fitting_is_no_fault(self) -> None:
+        used = plan_run(load_config("demo"), T4).worst.used_fraction * T4.memory_gib
+        assert "KD110" not in found("demo", card=card_of_budget(used / 0.91))
+        assert found("demo", card=card_of_budget(used / 0.93))["KD110"] == "fail"
+
+    def test_few_answers_where_nobody_knows_the_steps(self, tmp_path: Path) -> None:
+        overrides = ["data.train=hub/rows", "evaluation={every_steps: 10, generate_rows: 5}"]
+        assert found("demo", *overrides)["KD120"] == "warn"
+
+    def test_shared_prompts_beside_rows_that_are_not_here(self, tmp_path: Path) -> None:
+        """What was seen before a check lacked something was lost."""
+        copied = tmp_path / "copied.jsonl"
+        copied.write_bytes((demo_folder() / "train.jsonl").read_bytes())
+        assert found("demo", f"data.validation={copied}", "data.test=hub/rows")["KD123"] == "warn"
+
+    def test_what_fits_says_its_price(self) -> None:
+        (finding,) = (f for f in diagnose_config("demo", card=card_of_budget(0.1)).findings if f.code == "KD110")
+        assert finding.evidence.endswith("and no settings fit")
 
     def test_each_check_has_been_seen_to_fire(self) -> None:
         cases = next(mark for mark in self.test_it_is_named.pytestmark if mark.name == "parametrize").args[1]  # type: ignore[attr-defined]
@@ -242,6 +260,35 @@ class TestOtherTrainers:
         half = given | {"bf16": False, "fp16": True, "warmup_steps": 10, "save_steps": 50}
         assert found(written(tmp_path, half), num_rows=3200) == {"KD111": "fail"}
 
+    def test_what_hf_overrules_or_leaves_open_is_no_fault(self, tmp_path: Path) -> None:
+        given = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "num_train_epochs": 1.0}
+        given |= {"max_steps": 5000, "warmup_steps": 0, "warmup_ratio": 0.1, "eval_steps": 0.1, "save_steps": 0.1}
+        given |= {"max_grad_norm": 0, "max_length": None}
+        assert found(written(tmp_path, given), num_rows=3200) == {}
+        given |= {"eval_strategy": "epoch", "eval_steps": None, "warmup_steps": 0.1, "warmup_ratio": None}
+        assert found(written(tmp_path, given), num_rows=3200) == {}
+
+    def test_temperature_of_trl_gkd_is_that_of_sampling(self, tmp_path: Path) -> None:
+        assert found(written(tmp_path, {"temperature": 0.9, "lmbda": 0.5, "seed": 1})) == {}
+
+    def test_flags_of_hf_have_underscores_and_quotes(self, tmp_path: Path) -> None:
+        flags = '--learning_rate "5e-5" --per_device_train_batch_size=8 --gradient_accumulation_steps 4 --bf16'
+        path = written(tmp_path, f"python train.py {flags} --num_train_epochs 1 --warmup_steps '100'\n", "train.sh")
+        (warmup, dtype) = diagnose_config(str(path), card=T4, num_rows=3200).findings
+        assert warmup.evidence.startswith("100 of 100 optimizer steps are warm-up")
+        assert dtype.code == "KD111"
+
+    def test_a_variable_that_the_script_does_not_set_is_no_value(self, tmp_path: Path) -> None:
+        script = "python train.py --lr ${LR:-5e-4} --batch-size $1 --epochs 3 --seed 1\n"
+        assert found(written(tmp_path, script, "train.sh")) == {}
+
+    @pytest.mark.parametrize("text", ["optimizer: {type: AdamW}\nlr: 1\n1: 2\n", "type: srkl\nlr: 1\n1: 2\n"])
+    def test_keys_that_are_no_words(self, tmp_path: Path, text: str) -> None:
+        found(written(tmp_path, text, "other.yaml"))
+
+    def test_a_type_of_optimizer_is_none_of_distillm(self, tmp_path: Path) -> None:
+        assert found(written(tmp_path, {"optimizer": {"type": "AdamW"}, "lr": 0.1})) == {"KD125": "warn"}
+
     def test_padding_that_is_the_end_of_text(self, tmp_path: Path) -> None:
         from transformers import AutoTokenizer
 
@@ -313,6 +360,74 @@ class TestFix:
         fixed = fix_config(str(written(tmp_path, text, "mine.yaml")), card=T4)
         assert fixed.text == text.replace("100", "25 ")
         assert [finding.code for finding in fixed.mended] == ["KD102"]
+
+    def test_comments_and_indentation_of_another_trainers_file_stay(self, tmp_path: Path) -> None:
+        text = "train:\n    warmup_steps: 400  # too long?\n    max_steps: 500\n    seed: 1\n"
+        fixed = fix_config(str(written(tmp_path, text, "other.yaml")), card=T4)
+        assert fixed.text == text.replace("400", "50 ")
+
+    def test_json_stays_json(self, tmp_path: Path) -> None:
+        own = {"preset": "demo", "optim": {"warmup_steps": 100}}
+        fixed = fix_config(str(written(tmp_path, own)), card=T4)
+        assert json.loads(fixed.text) == own | {"optim": {"warmup_steps": 25}}
+
+    def test_a_switch_is_taken_out(self, tmp_path: Path) -> None:
+        script = "python train.py --bf16 --batch_size 8 --seed 1\n"
+        fixed = fix_config(str(written(tmp_path, script, "train.sh")), card=T4)
+        assert fixed.text.split() == script.replace("--bf16 ", "").split()
+
+    def test_a_schedule_of_set_takes_the_place_of_the_file_s(self, tmp_path: Path) -> None:
+        text = "preset: demo\nobjective: {kd: {temperature: {start: 2, end: 1.5, begin: 0.5}}}\n"
+        above = "objective.kd.temperature={start: 2.5, end: 2}"
+        fixed = fix_config(str(written(tmp_path, text, "mine.yaml")), [above], card=T4)
+        assert yaml.safe_load(fixed.text)["objective"]["kd"]["temperature"] == {"start": 2.5, "end": 2}
+
+    @pytest.mark.parametrize("text", ["- a\n", "", "preset: demo\nseed: 1\nseed: 2\noptim: {warmup_fraction: 0}\n"])
+    def test_what_cannot_be_changed_is_one_message(self, tmp_path: Path, text: str) -> None:
+        with pytest.raises(UserError):
+            fix_config(str(written(tmp_path, text, "mine.yaml")), ["student.revision=x"], card=T4)
+
+    def test_a_stage_that_is_well_does_not_change(self, tmp_path: Path) -> None:
+        text = """preset: demo
+stages:
+  first: {}
+  second: {objective: {kd: {weight: 1.0}, lm: {weight: 9.0}}, evaluation: {early_stopping: {patience: 1}}}
+"""
+        path = written(tmp_path, text, "mine.yaml")
+        before, fixed = load_config(path), fix_config(str(path), ["objective.kd.temperature=3"], card=T4)
+        after = load_config(yaml.safe_load(fixed.text))
+        assert fixed.diagnosis.findings == []
+        assert after.objective.kd.temperature.start == 2.0  # which both stages take from the base
+        assert after.objective.weights == before.objective.weights
+        assert after.evaluation == before.evaluation
+        second = after.stages["second"]["objective"]
+        assert (second["kd"]["weight"], second["lm"]["weight"]) == (0.1, 0.9)  # type: ignore[index,call-overload]
+
+    def test_a_warm_start_leaves_the_other_stages(self, tmp_path: Path) -> None:
+        """It took the place of all of them, and of what the first one sets."""
+        stages = {"warm_start": {"objective": {"kd": {"loss": "reverse_kl"}}}, "last": {"optim": {"epochs": 1.0}}}
+        path = written(tmp_path, yaml.safe_dump({"preset": "demo", "stages": stages}, sort_keys=False), "mine.yaml")
+        fixed = load_config(yaml.safe_load(fix_config(str(path), card=T4).text)).stages
+        assert list(fixed) == ["warm_start_first", "warm_start", "last"]
+        assert {name: fixed[name] for name in stages} == stages
+
+    def test_a_part_that_one_stage_alone_has(self, tmp_path: Path) -> None:
+        """Patience went to the base, which has no evaluations to wait for, and the config was refused."""
+        stage = "{evaluation: {every_steps: 5, early_stopping: {}}}"
+        text = f"preset: demo\nevaluation: {{every_steps: 0}}\nstages:\n  main: {stage}\n"
+        fixed = fix_config(str(written(tmp_path, text, "mine.yaml")), ["optim.max_steps=500"], card=T4)
+        assert yaml.safe_load(fixed.text)["stages"]["main"]["evaluation"]["early_stopping"] == {"patience": 20}
+
+    def test_evaluations_that_are_rare_and_dear_take_fewer_rows(self) -> None:
+        dear = ["optim.max_steps=100", "evaluation={every_steps: 10, generate_rows: 5000, max_new_tokens: 128}"]
+        (finding,) = diagnose_config("demo", dear, card=T4).findings
+        assert (finding.code, list(finding.patch)) == ("KD121", ["evaluation.generate_rows"])
+        assert fix_config("demo", dear, card=T4).diagnosis.findings == []
+
+    def test_a_ramp_of_experts_stays_a_ramp(self) -> None:
+        asked = ["objective.routing={weight: 0.05, num_experts: {start: 1, end: 64}}"]
+        experts = yaml.safe_load(fix_config("demo-moe", asked, card=T4).text)["objective"]["routing"]["num_experts"]
+        assert experts["start"] == 1 < experts["end"] < 64
 
     def test_a_missing_warm_start_comes_first(self) -> None:
         fixed = fix_config("demo", ["objective.kd.loss=reverse_kl"], card=T4)

@@ -154,13 +154,13 @@ def _merge_into(below: Tree, above: Mapping[str, JsonValue]) -> None:
     """Lay one tree over another: mappings merge, anything else replaces."""
     for key, value in above.items():
         held = below.get(key)
-        if isinstance(held, dict) and isinstance(value, dict) and not _is_schedule(held, value):
+        if isinstance(held, dict) and isinstance(value, dict) and not is_schedule(held, value):
             _merge_into(held, value)
         else:
             below[key] = value
 
 
-def _is_schedule(held: Mapping[str, JsonValue], value: Mapping[str, JsonValue]) -> bool:
+def is_schedule(held: Mapping[str, JsonValue], value: Mapping[str, JsonValue]) -> bool:
     """A schedule is one value: a new one replaces the old as a whole."""
     return "start" in value and "end" in value and "start" in held
 

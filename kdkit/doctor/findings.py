@@ -64,7 +64,7 @@ class Check(Generic[Subject]):
     """Yields what it saw, nothing where all is well.
 
     Raises:
-        NotApplicable: the subject does not hold what is asked for.
+        NotApplicable: the subject does not hold what is asked for; what was seen before that counts.
     """
     live: bool = True
     """Whether what it sees in an unfinished run can be relied on."""
@@ -146,11 +146,12 @@ def examine(subject: str, parts: Mapping[str | None, Subject], checks: Iterable[
         seen, reasons = [], []
         for stage, part in parts.items():
             try:
-                seen += [_finding(check, stage, observation) for observation in check.look(part)]
+                for observation in check.look(part):
+                    seen.append(_finding(check, stage, observation))  # stays, should the check end here
             except NotApplicable as reason:
                 reasons.append(str(reason))
         findings += seen
-        if len(reasons) == len(parts):
+        if len(reasons) == len(parts) and not seen:
             skipped[check.code] = reasons[0] if reasons else "something to look at"
         elif not seen:
             passed.append(check.code)

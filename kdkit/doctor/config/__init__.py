@@ -3,8 +3,10 @@
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 
 from kdkit.config import DistillConfig
+from kdkit.config.reading import STAGE_PARTS
 from kdkit.doctor.config import evaluation, generation, machine, models, objective, rows, schedule
 from kdkit.doctor.config.documents import Document, read_document
 from kdkit.doctor.config.subject import Readings, Stage, Surroundings, stages_in
@@ -120,21 +122,44 @@ def _diagnose(document: Document, card: Card, num_rows: int | None, readings: Re
     diagnosis = examine(document.source, stages, CONFIG_CHECKS)
     if translation is not None:
         return diagnosis
-    return replace(diagnosis, findings=_once([_located(finding, document.config) for finding in diagnosis.findings]))
+    return replace(diagnosis, findings=_once(_located(diagnosis.findings, document.config)))
 
 
-def _located(finding: Finding, config: DistillConfig) -> Finding:
-    """With the paths at which a file has to set the fields of a stage: its own, where it overrides them."""
-    overrides = config.stages.get(finding.stage, {}) if finding.stage is not None else {}
-    if finding.stage is None and len(config.stages) == 1:
-        only, overrides = next(iter(config.stages.items()))
-    else:
-        only = finding.stage or ""
-    patch = {
-        f"stages.{only}.{field}" if _sets(overrides, field.split(".")) else field: value
-        for field, value in finding.patch.items()
-    }
-    return replace(finding, patch=patch)
+def _located(findings: Sequence[Finding], config: DistillConfig) -> list[Finding]:
+    """With the paths at which a file has to set the fields of a stage, so that no stage changes that is well."""
+    wanted: dict[tuple[str, str], set[str]] = {}
+    for finding in findings:
+        for field in finding.patch:
+            wanted.setdefault((finding.code, field), set()).add(_stage_of(finding, config))
+    return [
+        replace(
+            finding,
+            patch={
+                f"stages.{stage}.{field}"
+                if _is_own(field, stage, wanted[finding.code, field], config)
+                else field: value
+                for field, value in finding.patch.items()
+            },
+        )
+        for finding in findings
+        for stage in (_stage_of(finding, config),)
+    ]
+
+
+def _stage_of(finding: Finding, config: DistillConfig) -> str:
+    """Its stage, or the only one."""
+    return finding.stage if finding.stage is not None else next(iter(config.stages))
+
+
+def _is_own(field: str, stage: str, wanting: set[str], config: DistillConfig) -> bool:
+    """Whether a stage has to set a field itself: it does so already, or a stage that is well takes it from the base."""
+    path = field.split(".")
+    if path[0] not in STAGE_PARTS:
+        return False
+    overrides = config.stages[stage]
+    has_part = _sets(overrides, path[:-1]) and attrgetter(".".join(path[:-1]))(config) is None
+    inheriting = {name for name, tree in config.stages.items() if not _sets(tree, path)}
+    return has_part or stage not in inheriting or not inheriting <= wanting
 
 
 def _sets(tree: Mapping[str, object], path: list[str]) -> bool:
@@ -150,5 +175,6 @@ def _once(findings: list[Finding]) -> list[Finding]:
     kept: dict[tuple[str, str], Finding] = {}
     for finding in findings:
         key = finding.code, finding.evidence
-        kept[key] = replace(kept[key], stage=None) if key in kept else finding
+        first = kept.get(key)
+        kept[key] = finding if first is None else replace(first, stage=None, patch={**first.patch, **finding.patch})
     return list(kept.values())

@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 import yaml
 
 from kdkit.config import DistillConfig, list_presets, load_config
-from kdkit.config.reading import parse_override
+from kdkit.config.reading import is_schedule, parse_override
 from kdkit.doctor.config.foreign import Translation, foreign_patch, is_distillm, keys_of, translate
 from kdkit.doctor.findings import Value
 from kdkit.errors import UserError
@@ -80,34 +80,36 @@ def read_document(source: str, overrides: Iterable[str] = ()) -> Document:
 def _foreign(source: str, path: Path, text: str) -> "KeysDocument | FlagsDocument | None":
     if path.suffix == ".sh":
         return FlagsDocument(source, text)
-    tree = _parsed(source, path, text)
+    tree = _parsed(source, text)
     if not isinstance(tree, dict) or _OWN_PARTS.intersection(name for name, value in tree.items() if _is_part(value)):
         return None
     if "preset" in tree:
         return None
-    return KeysDocument(source, text, is_json=path.suffix == ".json")
+    return KeysDocument(source, text)
 
 
 def _is_part(value: object) -> bool:
     return isinstance(value, dict)
 
 
-def _parsed(source: str, path: Path, text: str) -> object:
+def _is_json(source: str) -> bool:
+    return Path(source).suffix == ".json"
+
+
+def _parsed(source: str, text: str) -> object:
     try:
-        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        return json.loads(text) if _is_json(source) else yaml.safe_load(text)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        kind = "JSON" if path.suffix == ".json" else "YAML"
+        kind = "JSON" if _is_json(source) else "YAML"
         raise UserError(f"{source} is not readable as {kind}: {error}") from error
 
 
 def _own(source: str, text: str | None, overrides: list[str]) -> "OwnDocument":
-    if text is None:
-        load_config(source, overrides)  # says what is missing, and what there is
-        raise AssertionError
+    load_config(source, overrides)  # says what is missing or wrong by the name that the user gave
+    assert text is not None
     document = OwnDocument(source, text)
     for override in overrides:
         document = document.merged(parse_override(override))
-    load_config(source, overrides)  # by the name that the user gave, should it be refused
     return document
 
 
@@ -142,24 +144,18 @@ class OwnDocument:
 
     def merged(self, above: Mapping[str, Any], *, whole: str = "") -> "OwnDocument":
         """With a tree laid over it; `whole` is a field whose value is replaced rather than merged."""
-        from ruamel.yaml import YAML
-
-        loader = YAML()
-        loader.preserve_quotes = True
-        loader.width = 4096
-        tree = loader.load(self.text)
-        _lay_over(tree, above, whole.split("."))
-        stream = io.StringIO()
-        loader.dump(tree, stream)
-        return replace(self, text=stream.getvalue())
+        path = whole.split(".")
+        return replace(self, text=_edited(self.source, self.text, lambda tree: _lay_over(tree, above, path)))
 
 
 def _lay_over(below: Any, above: Mapping[str, Any], whole: list[str]) -> None:
     """Mappings merge, anything else, and what the path `whole` names, replaces."""
     for key, value in above.items():
         is_whole = whole == [key]
-        if isinstance(value, Mapping) and isinstance(below.get(key), Mapping) and not is_whole:
-            _lay_over(below[key], value, whole[1:] if whole[:1] == [key] else [])
+        held = below.get(key)
+        is_merged = isinstance(value, Mapping) and isinstance(held, Mapping) and not is_schedule(held, value)
+        if is_merged and not is_whole:
+            _lay_over(held, value, whole[1:] if whole[:1] == [key] else [])
         else:
             below[key] = _quoted(value)
 
@@ -174,6 +170,35 @@ def _quoted(value: Any) -> Any:
     return value if is_plain else DoubleQuotedScalarString(value)
 
 
+def _edited(source: str, text: str, edit: Callable[[Any], None]) -> str:
+    """JSON or YAML, as the name ends, after a change of its tree; comments, order and indentation stay."""
+    indent = re.search(r"^( +)[^\s#-]", text, re.MULTILINE)
+    if _is_json(source):
+        tree = json.loads(text)
+        edit(tree)
+        written = json.dumps(tree, indent=len(indent[1]) if indent else None, ensure_ascii=False)
+        return written + "\n" * text.endswith("\n")
+    return _edited_yaml(source, text, edit, indent=len(indent[1]) if indent else 2)
+
+
+def _edited_yaml(source: str, text: str, edit: Callable[[Any], None], *, indent: int) -> str:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError
+
+    loader, stream = YAML(), io.StringIO()
+    loader.preserve_quotes = True
+    loader.width = 4096
+    loader.map_indent = indent
+    try:
+        tree = loader.load(text)
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
+        raise UserError(f"{source} cannot be changed: {error.problem}, line {line}; mend that first") from error
+    edit(tree)
+    loader.dump(tree, stream)
+    return stream.getvalue()
+
+
 # --- others ----------------------------------------------------------------------------------------------------------
 
 
@@ -183,7 +208,6 @@ class KeysDocument:
 
     source: str
     text: str
-    is_json: bool
 
     @cached_property
     def translation(self) -> Translation:
@@ -197,32 +221,31 @@ class KeysDocument:
 
     def patched(self, patch: Mapping[str, Value]) -> "KeysDocument":
         """With other values under the file's own names."""
-        tree, keys = self._tree, keys_of(self._values)
-        for field, value in foreign_patch(patch):
+        keys, values = keys_of(self._values), dict(foreign_patch(patch))
+
+        def edit(tree: dict[str, Any]) -> None:
             for part in (tree, *(part for part in tree.values() if isinstance(part, dict))):
                 for name in part:
-                    if name in keys and keys[name].field == field:
-                        part[name] = keys[name].write(value)
-        if not self.is_json:
-            return replace(self, text=yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
-        indent = re.search(r"\n( +)", self.text)
-        written = json.dumps(tree, indent=len(indent[1]) if indent else None, ensure_ascii=False)
-        return replace(self, text=written + "\n" * self.text.endswith("\n"))
+                    if name in keys and keys[name].field in values:
+                        part[name] = keys[name].write(values[keys[name].field])
+
+        return replace(self, text=_edited(self.source, self.text, edit)) if values else self
 
     @property
     def _tree(self) -> dict[str, Any]:
-        tree = json.loads(self.text) if self.is_json else yaml.safe_load(self.text)
+        tree = json.loads(self.text) if _is_json(self.source) else yaml.safe_load(self.text)
         return cast("dict[str, Any]", tree)
 
     @property
     def _values(self) -> dict[str, Value]:
         values: dict[str, Value] = {}
         for name, value in self._tree.items():
-            values |= value if isinstance(value, dict) else {name: value}
+            part = value if isinstance(value, dict) else {name: value}
+            values |= {str(key): held for key, held in part.items()}
         return values
 
 
-_FLAG = re.compile(r"--([a-z][a-z0-9-]*)(?:[ \t=]+([^\s\"'\\-][^\s\"'\\]*|-\d[\d.]*))?")
+_FLAG = re.compile(r"--([a-zA-Z][\w-]*)(?:[ \t=]+[\"']?([^\s\"'\\|&;<>()-][^\s\"'\\;]*|-\d[\d.]*))?")
 _VARIABLE = re.compile(r"\$\{?(\w+)\}?")
 _ASSIGNED = re.compile(r"^\s*(?:export\s+)?(\w+)=[\"']?([^\s\"'#;]+)", re.MULTILINE)
 
@@ -252,7 +275,7 @@ class FlagsDocument:
         for field, value in foreign_patch(patch):
             for name, place in self._places.items():
                 if name in keys and keys[name].field == field and value is not None:
-                    edits[place] = str(keys[name].write(value))
+                    edits |= _edit_of_flag(name, place, keys[name].write(value))
             if field == "rollout.mode" and value == "off" and is_distillm(values) and "type" in self._places:
                 parts = str(values["type"]).split("-")
                 edits[self._places["type"]] = "-".join(part for part in parts if part not in ("adaptive", "mixed"))
@@ -274,6 +297,14 @@ class FlagsDocument:
                 place = variables.get(variable[1], place)
             places[found[1].replace("-", "_")] = place
         return places
+
+
+def _edit_of_flag(name: str, place: tuple[int, int], value: Value) -> dict[tuple[int, int], str]:
+    """Another value; a switch is left as it is, or taken out with its dashes."""
+    start, end = place
+    if start < end:
+        return {place: str(value)}
+    return {(start - len(f"--{name}"), end): ""} if value is False else {}
 
 
 def _value(text: str) -> Value:

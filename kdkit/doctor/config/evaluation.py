@@ -34,16 +34,16 @@ def check_interval(stage: Stage) -> Iterator[Observation]:
         patch = {"evaluation.every_steps": _tenth(steps)} if steps is not None else {"evaluation.every_steps": 100}
         yield warn("evaluation.every_steps=0: nothing is measured before the end", **patch)
         return
+    if answers is not None and 0 < answers < LEAST_ANSWERS and stage.knows("evaluation.generate_rows"):
+        yield warn(
+            f"evaluation.generate_rows={answers}: a ROUGE-L of so few answers moves by several points by chance",
+            **{"evaluation.generate_rows": 100},
+        )
     steps = stage.num_steps
     if every * LEAST_EVALUATIONS > steps:
         yield warn(
             f"evaluation.every_steps={every:,} of {steps:,}: {steps // every} of them before the end",
             **{"evaluation.every_steps": _tenth(steps)},
-        )
-    if answers is not None and 0 < answers < LEAST_ANSWERS and stage.knows("evaluation.generate_rows"):
-        yield warn(
-            f"evaluation.generate_rows={answers}: a ROUGE-L of so few answers moves by several points by chance",
-            **{"evaluation.generate_rows": 100},
         )
 
 
@@ -70,8 +70,18 @@ def check_cost(stage: Stage) -> Iterator[Observation]:
     if written > MOST_GENERATED * read:
         yield warn(
             f"{times:,} evaluations write up to {written:,} tokens, training reads up to {read:,}",
-            **{"evaluation.every_steps": max(_tenth(steps), evaluation.every_steps)},
+            **_cheaper(stage, affordable_rows=int(MOST_GENERATED * read / evaluation.max_new_tokens)),
         )
+
+
+def _cheaper(stage: Stage, *, affordable_rows: int) -> dict[str, int]:
+    """Rarer evaluations, or else of fewer answers, but no fewer than say something."""
+    evaluation, rarest = stage.config.evaluation, _tenth(stage.num_steps)
+    if evaluation.every_steps < rarest:
+        return {"evaluation.every_steps": rarest}
+    rows = affordable_rows // (stage.num_steps // evaluation.every_steps)
+    assert evaluation.generate_rows is not None
+    return {"evaluation.generate_rows": rows} if LEAST_ANSWERS <= rows < evaluation.generate_rows else {}
 
 
 def check_patience(stage: Stage) -> Iterator[Observation]:

@@ -20,13 +20,20 @@ class Unstated(Exception):
     """A value by which a trainer leaves the field to itself."""
 
 
+def _given(value: Value) -> Value:
+    """Null is as good as no key."""
+    if value is None:
+        raise Unstated
+    return value
+
+
 @dataclass(frozen=True)
 class Key:
     """A key of another trainer."""
 
     field: str
     """What kdkit calls it; a field that kdkit lacks is for checks alone."""
-    read: Callable[[Value], Value] = lambda value: value
+    read: Callable[[Value], Value] = _given
     """Its value as kdkit has it.
 
     Raises:
@@ -37,8 +44,17 @@ class Key:
 
 
 def _never(value: Value) -> Value:
-    """-1 and null switch an interval off."""
+    """-1 and null switch an interval off; below 1 it is a share of the steps."""
+    if isinstance(value, float) and 0 < value < 1:
+        raise Unstated
     return 0 if value is None or value == -1 else value
+
+
+def _unless_zero(value: Value) -> Value:
+    """0 clips nothing, which kdkit has no word for."""
+    if value is None or value == 0:
+        raise Unstated
+    return value
 
 
 def _by_itself(value: Value) -> Value:
@@ -78,7 +94,7 @@ USUAL_KEYS = {
     "warmup_steps": Key("optim.warmup_steps"),
     "warmup_ratio": Key("optim.warmup_fraction"),
     "weight_decay": Key("optim.weight_decay"),
-    "max_grad_norm": Key("optim.max_grad_norm"),
+    "max_grad_norm": Key("optim.max_grad_norm", _unless_zero),
     "batch_size": Key("optim.batch_size"),
     "per_device_train_batch_size": Key("optim.batch_size"),
     "gradient_accumulation_steps": Key("optim.accumulation"),
@@ -133,12 +149,18 @@ USUAL_KEYS = {
 }
 """Of HF's Trainer, TRL, and the student-aware trainer of the post-mortems."""
 
+_HF_MARKS = ("per_device_train_batch_size", "num_train_epochs", "lr_scheduler_type")
+_HF_SEED = 42
+_GKD_MARKS = ("lmbda", "seq_kd")
+_STRATEGIES = {"eval_steps": ("eval_strategy", "evaluation_strategy"), "save_steps": ("save_strategy",)}
+"""An interval -> what must be `steps` for it to count."""
+
 DISTILLM_KEYS = {
     "lr": Key("optim.learning_rate"),
     "scheduler_name": Key("optim.scheduler"),
     "warmup_iters": Key("optim.warmup_steps"),
     "weight_decay": Key("optim.weight_decay"),
-    "clip_grad": Key("optim.max_grad_norm"),
+    "clip_grad": Key("optim.max_grad_norm", _unless_zero),
     "batch_size": Key("optim.batch_size"),
     "gradient_accumulation_steps": Key("optim.accumulation"),
     "epochs": Key("optim.epochs"),
@@ -163,7 +185,7 @@ DISTILLM_KEYS = {
     "seed": Key("seed"),
 }
 """Of DistiLLM; dashes of its flags are underscores here. An interval of -1 is once an epoch there."""
-DISTILLM_MARKS = ("type", "warmup_iters", "loss_eps", "init_threshold", "skew_alpha", "student_gen")
+DISTILLM_MARKS = ("warmup_iters", "loss_eps", "init_threshold", "skew_alpha", "student_gen")
 _DISTILLM_DEFAULTS: dict[str, Value] = {
     "optim.warmup_steps": 0,
     "optim.accumulation": 1,
@@ -198,7 +220,13 @@ class Translation:
 
 def is_distillm(given: Mapping[str, Value]) -> bool:
     """Whether these are DistiLLM's arguments, rather than another trainer's."""
-    return any(mark in given for mark in DISTILLM_MARKS) and not any(name.startswith("alpha_") for name in given)
+    is_marked = any(mark in given for mark in DISTILLM_MARKS) or any(part in _DISTILLM_LOSSES for part in _type(given))
+    return is_marked and not any(name.startswith("alpha_") for name in given)
+
+
+def _type(given: Mapping[str, Value]) -> list[str]:
+    """The parts of `--type adaptive-srkl-dtw`."""
+    return str(given.get("type", "")).split("-")
 
 
 def keys_of(given: Mapping[str, Value]) -> Mapping[str, Key]:
@@ -212,6 +240,8 @@ def translate(given: Mapping[str, Value]) -> Translation:
     stated: dict[str, Value] = {}
     if is_distillm(given):
         stated |= _DISTILLM_DEFAULTS | _distillm_type(given)
+    else:
+        given = _as_hf_reads(given)
     for name, value in given.items():
         key = keys.get(name)
         if key is None or (value is None and key.read is not _never):
@@ -232,9 +262,27 @@ def translate(given: Mapping[str, Value]) -> Translation:
     return Translation(config, kept, said)
 
 
+def _as_hf_reads(given: Mapping[str, Value]) -> dict[str, Value]:
+    """Without what the HF Trainer and TRL overrule, and with the seed that they take."""
+    read = dict(given)
+    for interval, strategies in _STRATEGIES.items():
+        if any(given.get(name, "steps") != "steps" for name in strategies):
+            read.pop(interval, None)
+    warmup = given.get("warmup_steps")
+    if isinstance(warmup, float) and 0 < warmup < 1:
+        read["warmup_ratio"] = read.pop("warmup_steps")
+    elif warmup == 0 and given.get("warmup_ratio"):
+        del read["warmup_steps"]
+    if given.get("max_steps") not in (None, -1):
+        read.pop("num_train_epochs", None)
+    if any(mark in given for mark in _GKD_MARKS):
+        read.pop("temperature", None)  # of sampling
+    return ({"seed": _HF_SEED} if any(mark in given for mark in _HF_MARKS) else {}) | read
+
+
 def _distillm_type(given: Mapping[str, Value]) -> dict[str, Value]:
-    """What `--type adaptive-srkl-dtw` and `--student-gen` say."""
-    parts = str(given.get("type", "")).split("-")
+    """What `--type` and `--student-gen` say."""
+    parts = _type(given)
     stated: dict[str, Value] = {"rollout.mode": "off"}
     loss = next((_DISTILLM_LOSSES[part] for part in parts if part in _DISTILLM_LOSSES), None)
     if loss is not None:
@@ -274,8 +322,8 @@ def _build(part: type[BaseModel], tree: Mapping[str, Any], where: str, refused: 
             given[name] = TypeAdapter(kind).validate_python(value)
         except ValidationError as error:
             reason = error.errors()[0]
-            unknown_word = reason["type"] == "literal_error"
-            refused.append(f"{where}{name}={value!r}" + ("?" if unknown_word else f": {reason['msg']}"))
+            is_unknown = reason["type"] == "literal_error" or (isinstance(value, str) and "$" in value)
+            refused.append(f"{where}{name}={value!r}" + ("?" if is_unknown else f": {reason['msg']}"))
     return part.model_construct(**given)
 
 

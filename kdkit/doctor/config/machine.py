@@ -1,15 +1,14 @@
 """Checks of the config against the card: memory, dtypes, kernels."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 from kdkit.doctor.config.subject import Stage
 from kdkit.doctor.findings import Check, NotApplicable, Observation, Value, fail, warn
 from kdkit.doctor.sources import POST_MORTEMS
 from kdkit.memory.cards import Card
-from kdkit.runtime import BF16_CAPABILITY, INT8_CAPABILITY
+from kdkit.runtime import BF16_CAPABILITY, FULL_FRACTION, INT8_CAPABILITY
 
-FULL_FRACTION = 0.9
-"""Of a card's memory."""
 FLASH_CAPABILITY = (8, 0)
 _OWN_CHOICE = "the model's own choice"
 
@@ -19,16 +18,16 @@ def check_memory(stage: Stage) -> Iterator[Observation]:
     around, card = stage.around, stage.around.card
     stage.needs("teacher.path", "student.path", "optim.batch_size", "data.max_length")
     plan = around.plan.worst
-    if plan.used_fraction <= FULL_FRACTION:
+    if plan.fits:
         return
-    say = warn if plan.fits else fail
-    try:
-        patch: dict[str, Value] = dict(around.fit.changes)
-    except NotApplicable:  # nothing fits
-        patch = {}
-    yield say(
+    patch: dict[str, Value] = {}
+    price = ", and no settings fit"
+    with suppress(NotApplicable):
+        patch = dict(around.fit.changes)
+        price = f"; what fits costs: {'; '.join(around.fit.given_up)}" if around.fit.given_up else ""
+    yield fail(
         f"stage {around.plan.stage} is planned to take {plan.used_fraction:.0%} of the {card.memory_gib:g} GiB of a "
-        f"{card.name}",
+        f"{card.name}{price}",
         **patch,
     )
 
@@ -84,7 +83,7 @@ CHECKS = (
     Check(
         "KD110",
         "memory against the card",
-        "the planned peak is above 90 % of the card",
+        f"the planned peak is above {FULL_FRACTION * 100:g} % of the card",
         "A longer batch or a fragmented allocator ends the run.",
         "Take what the planner proposes; `kdkit plan --fit` says what it gives up.",
         POST_MORTEMS,

@@ -6,6 +6,7 @@ from kdkit.config.objective import TERM_NAMES
 from kdkit.doctor.config.subject import Stage
 from kdkit.doctor.findings import Check, NotApplicable, Observation, Value, fail, warn
 from kdkit.doctor.sources import POST_MORTEMS
+from kdkit.schedules import Schedule
 
 
 def check_tokenizers(stage: Stage) -> Iterator[Observation]:
@@ -90,8 +91,17 @@ def check_routing(stage: Stage) -> Iterator[Observation]:
         yield fail(
             f"num_experts goes up to {stage.config.objective.routing.num_experts.largest:g}, and the teacher has "
             f"{sizes.num_experts}",
-            **{"objective.routing.num_experts": float(sizes.num_experts)},
+            **{
+                "objective.routing.num_experts": _at_most(stage.config.objective.routing.num_experts, sizes.num_experts)
+            },
         )
+
+
+def _at_most(schedule: Schedule, value: int) -> Value:
+    if schedule.smallest >= value:
+        return float(value)
+    tree: dict[str, Value] = schedule.model_dump(mode="json")
+    return tree | {"start": min(schedule.start, float(value)), "end": min(schedule.end, float(value))}
 
 
 CHECKS = (

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from kdkit.config import DistillConfig
 from kdkit.config.objective import TERM_NAMES
 from kdkit.doctor.config.subject import Stage
 from kdkit.doctor.findings import Check, NotApplicable, Observation, Value, fail, warn
@@ -113,15 +112,20 @@ def check_warm_start(stage: Stage) -> Iterator[Observation]:
     what = f"rollout.mode {config.rollout.mode}" if is_on else f"objective.kd.loss {kd.loss}"
     evidence = f"{what} from the first step, on {start}"
     if is_on or config.student.from_scratch:
-        yield fail(evidence, **_warmed_up(stage, config))
+        yield fail(evidence, **_warmed_up(stage))
     else:
-        yield warn(evidence, **({} if stage.is_foreign else _warmed_up(stage, config)))
+        yield warn(evidence, **({} if stage.is_foreign else _warmed_up(stage)))
 
 
-def _warmed_up(stage: Stage, config: DistillConfig) -> dict[str, Value]:
+def _warmed_up(stage: Stage) -> dict[str, Value]:
+    """A stage of labels ahead of all stages of the run, under a name that none of them has."""
     if stage.is_foreign:
         return {"rollout.mode": "off"}
-    return {"stages": {"warm_start": WARM_START} | dict(config.stages)}
+    stages = stage.around.config.stages
+    name = "warm_start"
+    while name in stages:
+        name += "_first"
+    return {"stages": {name: WARM_START} | dict(stages)}
 
 
 def check_top_k(stage: Stage) -> Iterator[Observation]:

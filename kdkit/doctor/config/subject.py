@@ -238,12 +238,11 @@ class Stage:
     @property
     def num_steps_if_known(self) -> int | None:
         """The same, or None. What another trainer calls its number of steps may be that of its forward passes."""
+        given = self.config.optim.max_steps
+        if given is not None and not self.is_foreign:
+            return given
         counted = self.steps_of_epochs
-        return (
-            counted
-            if counted is not None and (self.is_foreign or self.config.optim.max_steps is None)
-            else (self.config.optim.max_steps)
-        )
+        return given if counted is None else counted
 
     @property
     def steps_of_epochs(self) -> int | None:

@@ -18,6 +18,8 @@ WORSE_FRACTION = 0.9
 """Of the best ROUGE-L, below which quality counts as falling where something else speaks for it."""
 THRESHOLD_RISE = 0.05
 """Of the share of the student's own text; trainers raise it by 0.1 at a time."""
+SURE_MATCHES = 5.0
+"""Percent of exact matches: with fewer, two evaluations of 100 answers may have none by chance."""
 LENGTH_RATIO = 1.5
 """Of the answers' length to that at the best ROUGE-L."""
 ENDED_FALL = 0.25
@@ -70,7 +72,9 @@ def check_exact_match(trace: Trace) -> Iterator[Observation]:
     matches = trace.evaluated("exact_match", at_least=3).finite
     if len(matches) >= 3 and matches.values.max() > 1 and not matches.values[-2:].any():
         at = int(np.argmax(matches.values))
-        yield fail(
+        rouge = trace.evals.get("rouge_l")
+        is_sure = matches.values[at] > SURE_MATCHES or (rouge is not None and len(_worse(rouge.finite)) > 0)
+        yield (fail if is_sure else warn)(
             f"exact match {matches.values[at]:.3g} % at step {matches.steps[at]}, 0 at the last two evaluations, to "
             f"step {matches.steps[-1]}"
         )

@@ -10,6 +10,10 @@ from kdkit.doctor.trace import Series, Trace
 
 DIVERGED_RATIO = 2.0
 """Of the loss at the end to its lowest level before."""
+LEVEL_PARTS = 8
+LEAST_LEVEL_ROWS = 3
+"""A level is the median of an eighth of the rows, and of three at least where there are as many in a quarter: of single
+micro-batches one may be very easy."""
 LEAST_STEPS = 100
 """Before which a loss may go anywhere."""
 STILL_FRACTION = 0.02
@@ -119,12 +123,15 @@ def _quarters(series: Series) -> tuple[float, float]:
 def check_divergence(trace: Trace) -> Iterator[Observation]:
     """The loss ends far above where it had been."""
     loss = _comparable_losses(trace)
-    size = max(len(loss) // 4, 1)
+    size = len(loss) // 4
     end = float(np.median(loss.values[-size:]))
-    lowest = int(np.argmin(loss.values[: len(loss) - size]))
-    if end > DIVERGED_RATIO * loss.values[lowest] and end > loss.values[lowest] + 1:
+    width = max(len(loss) // LEVEL_PARTS, LEAST_LEVEL_ROWS if size >= LEAST_LEVEL_ROWS else 1)
+    levels = np.median(np.lib.stride_tricks.sliding_window_view(loss.values[:-size], width), axis=1)
+    lowest = int(np.argmin(levels))
+    if end > DIVERGED_RATIO * levels[lowest] and end > levels[lowest] + 1:
+        until = f" to {loss.steps[lowest + width - 1]}" if width > 1 else ""
         yield fail(
-            f"loss {loss.values[lowest]:.4g} at step {loss.steps[lowest]}, {end:.4g} in the last quarter, to step "
+            f"loss {levels[lowest]:.4g} at step {loss.steps[lowest]}{until}, {end:.4g} in the last quarter, to step "
             f"{loss.steps[-1]}"
         )
 
