@@ -120,7 +120,7 @@ FORMATS = {
     "Megatron": (
         " iteration      100/  500000 | elapsed time per iteration (ms): 1234.5 | learning rate: 1.500E-04 | "
         "lm loss: 6.7E+00 | loss scale: 1.0 | grad norm: 1.23 |\n",
-        {"learning_rate": {100: 1.5e-4}, "part/lm": {100: 6.7}, "loss_scale": {100: 1.0}, "grad_norm": {100: 1.23}},
+        {"learning_rate": {100: 1.5e-4}, "loss": {100: 6.7}, "loss_scale": {100: 1.0}, "grad_norm": {100: 1.23}},
         {},
     ),
     "fairseq": (

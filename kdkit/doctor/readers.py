@@ -16,7 +16,7 @@ __all__ = ["Traces", "read_text", "read_traces"]
 
 Traces = dict[str | None, Trace]
 Row = Mapping[str, object]
-_STEPS = ("step", "global_step", "iteration", "iter", "_step")
+_STEPS = ("step", "global_step", "iteration", "iter", "_step", "current_steps")
 
 
 def read_traces(path: Path) -> Traces:

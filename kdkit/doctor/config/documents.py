@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +47,10 @@ class Document(Protocol):
         """The same with other values; a field that the file has no word for stays away."""
         ...
 
+    def in_its_words(self, patch: Mapping[str, Value]) -> Mapping[str, Value]:
+        """What a patch changes, by the file's own names."""
+        ...
+
 
 def read_document(source: str, overrides: Iterable[str] = ()) -> Document:
     """Find out what kind of config there is.
@@ -81,15 +85,13 @@ def _foreign(source: str, path: Path, text: str) -> "KeysDocument | FlagsDocumen
     if path.suffix == ".sh":
         return FlagsDocument(source, text)
     tree = _parsed(source, path, text)
-    if not isinstance(tree, dict) or _OWN_PARTS.intersection(name for name, value in tree.items() if _is_part(value)):
+    if not isinstance(tree, dict) or "preset" in tree:
         return None
-    if "preset" in tree:
+    parts = {name for name, value in tree.items() if isinstance(value, dict)}
+    own = parts & _OWN_PARTS
+    if own and len(own) >= len(parts - own):  # a slip in a name does not make it another trainer's
         return None
     return KeysDocument(source, text, is_json=path.suffix == ".json")
-
-
-def _is_part(value: object) -> bool:
-    return isinstance(value, dict)
 
 
 def _parsed(source: str, path: Path, text: str) -> object:
@@ -140,6 +142,10 @@ class OwnDocument:
             document = document.merged(tree, whole=field)
         return document
 
+    def in_its_words(self, patch: Mapping[str, Value]) -> Mapping[str, Value]:
+        """The paths of kdkit's fields."""
+        return patch
+
     def merged(self, above: Mapping[str, Any], *, whole: str = "") -> "OwnDocument":
         """With a tree laid over it; `whole` is a field whose value is replaced rather than merged."""
         from ruamel.yaml import YAML
@@ -169,7 +175,7 @@ def _lay_over(below: Any, above: Mapping[str, Any], whole: list[str]) -> None:
 
 @dataclass(frozen=True)
 class KeysDocument:
-    """A JSON or YAML file of another trainer: keys at its top, or one mapping below."""
+    """A JSON or YAML file of another trainer: keys at its top, or in mappings below."""
 
     source: str
     text: str
@@ -189,7 +195,7 @@ class KeysDocument:
         """With other values under the file's own names."""
         tree, keys = self._tree, keys_of(self._values)
         for field, value in foreign_patch(patch):
-            for part in (tree, *(part for part in tree.values() if isinstance(part, dict))):
+            for part in _sections(tree):
                 for name in part:
                     if name in keys and keys[name].field == field:
                         part[name] = keys[name].write(value)
@@ -199,6 +205,10 @@ class KeysDocument:
         written = json.dumps(tree, indent=len(indent[1]) if indent else None, ensure_ascii=False)
         return replace(self, text=written + "\n" * self.text.endswith("\n"))
 
+    def in_its_words(self, patch: Mapping[str, Value]) -> Mapping[str, Value]:
+        """Keys."""
+        return _changed(self._values, self.patched(patch)._values)
+
     @property
     def _tree(self) -> dict[str, Any]:
         tree = json.loads(self.text) if self.is_json else yaml.safe_load(self.text)
@@ -207,13 +217,32 @@ class KeysDocument:
     @property
     def _values(self) -> dict[str, Value]:
         values: dict[str, Value] = {}
-        for name, value in self._tree.items():
-            values |= value if isinstance(value, dict) else {name: value}
+        for section in _sections(self._tree):
+            values = {name: value for name, value in section.items() if not isinstance(value, dict)} | values
         return values
 
 
-_FLAG = re.compile(r"--([a-z][a-z0-9-]*)(?:[ \t=]+([^\s\"'\\-][^\s\"'\\]*|-\d[\d.]*))?")
+_MEASURES = re.compile(r"(?:eval|valid|val_|val$|test|generation|inference|sampling)", re.IGNORECASE)
+
+
+def _sections(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Itself and the mappings below, but for those of evaluation, whose batches and lengths are not training's."""
+    yield tree
+    for name, value in tree.items():
+        if isinstance(value, dict) and not _MEASURES.match(str(name)):
+            yield from _sections(value)
+
+
+def _changed(before: Mapping[str, Value], after: Mapping[str, Value]) -> dict[str, Value]:
+    return {name: value for name, value in after.items() if value != before.get(name)}
+
+
+MOST_VARIABLES = 8
+"""One of which names the next."""
+_FLAG = re.compile(r"--([a-z][a-z0-9_-]*)(?:[ \t=]+(?:\"([^\"\n]+)\"|'([^'\n]+)'|([^\s\"'\\-][^\s\"'\\]*|-\d[\d.]*)))?")
 _VARIABLE = re.compile(r"\$\{?(\w+)\}?")
+_DEFAULT = re.compile(r"\$\{\w+:?-([^{}\"']+)\}")
+_REST = re.compile(r"\$(?:@|\*|\{[@*].*)")
 _ASSIGNED = re.compile(r"^\s*(?:export\s+)?(\w+)=[\"']?([^\s\"'#;]+)", re.MULTILINE)
 
 
@@ -227,7 +256,7 @@ class FlagsDocument:
     @cached_property
     def translation(self) -> Translation:
         """In kdkit's terms."""
-        return translate({name: _value(self.text[start:end]) for name, (start, end) in self._places.items()})
+        return translate(self._values)
 
     @property
     def config(self) -> DistillConfig:
@@ -236,7 +265,7 @@ class FlagsDocument:
 
     def patched(self, patch: Mapping[str, Value]) -> "FlagsDocument":
         """With other values, where the flag or its variable has them."""
-        values = {name: _value(self.text[start:end]) for name, (start, end) in self._places.items()}
+        values = self._values
         keys = keys_of(values)
         edits: dict[tuple[int, int], str] = {}
         for field, value in foreign_patch(patch):
@@ -251,6 +280,14 @@ class FlagsDocument:
             text = text[:start] + written + text[end:]
         return replace(self, text=text)
 
+    def in_its_words(self, patch: Mapping[str, Value]) -> Mapping[str, Value]:
+        """Flags."""
+        return _changed(self._values, self.patched(patch)._values)
+
+    @property
+    def _values(self) -> dict[str, Value]:
+        return {name: _value(self.text[start:end]) for name, (start, end) in self._places.items()}
+
     @cached_property
     def _places(self) -> dict[str, tuple[int, int]]:
         """Flag, dashes as underscores -> where its value is; an empty place for a switch. The last one counts."""
@@ -258,12 +295,25 @@ class FlagsDocument:
         variables = {found[1]: found.span(2) for found in _ASSIGNED.finditer(code)}
         places = {}
         for found in _FLAG.finditer(code):
-            place = found.span(2) if found[2] is not None else (found.end(), found.end())
-            variable = _VARIABLE.fullmatch(found[2] or "")
-            if variable is not None:
-                place = variables.get(variable[1], place)
+            group = next((group for group in (2, 3, 4) if found[group] is not None), None)
+            is_switch = group is None or _REST.fullmatch(found[group])
+            place = (found.end(1),) * 2 if is_switch else _resolved(code, found.span(group or 0), variables)
             places[found[1].replace("-", "_")] = place
         return places
+
+
+def _resolved(code: str, place: tuple[int, int], variables: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    """Where the value of `$LR` or `${LR:-5e-5}` is written."""
+    for _ in range(MOST_VARIABLES):
+        text = code[slice(*place)]
+        default, variable = _DEFAULT.fullmatch(text), _VARIABLE.fullmatch(text)
+        if default is not None:
+            place = place[0] + default.start(1), place[0] + default.end(1)
+        elif variable is not None and variable[1] in variables:
+            place = variables[variable[1]]
+        else:
+            break
+    return place
 
 
 def _value(text: str) -> Value:

@@ -20,13 +20,20 @@ class Unstated(Exception):
     """A value by which a trainer leaves the field to itself."""
 
 
+def _as_given(value: Value) -> Value:
+    """A null leaves it to the trainer."""
+    if value is None:
+        raise Unstated
+    return value
+
+
 @dataclass(frozen=True)
 class Key:
     """A key of another trainer."""
 
     field: str
     """What kdkit calls it; a field that kdkit lacks is for checks alone."""
-    read: Callable[[Value], Value] = lambda value: value
+    read: Callable[[Value], Value] = _as_given
     """Its value as kdkit has it.
 
     Raises:
@@ -37,8 +44,8 @@ class Key:
 
 
 def _never(value: Value) -> Value:
-    """-1 and null switch an interval off."""
-    return 0 if value is None or value == -1 else value
+    """-1 switches an interval off."""
+    return 0 if value == -1 else _as_given(value)
 
 
 def _by_itself(value: Value) -> Value:
@@ -69,27 +76,49 @@ def _quantization(value: Value) -> Value:
     return "nf4"
 
 
+def _mixed_precision(value: Value) -> Value:
+    return {"bfloat16": "bf16", "float32": "no"}.get(str(value), "fp16")
+
+
 _PATIENCE = "evaluation.early_stopping.patience"
+LAUNCHED = {
+    "n_gpu": Key("processes"),
+    "num_processes": Key("processes"),
+    "nproc_per_node": Key("processes"),
+    "nnodes": Key("nodes"),
+}
+"""Of launchers: each process, on each node, takes a batch of its own."""
 USUAL_KEYS = {
     "learning_rate": Key("optim.learning_rate"),
     "lr": Key("optim.learning_rate"),
     "scheduler_type": Key("optim.scheduler"),
     "lr_scheduler_type": Key("optim.scheduler"),
+    "lr_scheduler": Key("optim.scheduler"),
+    "lr_decay_style": Key("optim.scheduler"),
     "warmup_steps": Key("optim.warmup_steps"),
+    "num_warmup_steps": Key("optim.warmup_steps"),
+    "lr_warmup_iters": Key("optim.warmup_steps"),
     "warmup_ratio": Key("optim.warmup_fraction"),
     "weight_decay": Key("optim.weight_decay"),
     "max_grad_norm": Key("optim.max_grad_norm"),
+    "clip_grad_norm": Key("optim.max_grad_norm"),
+    "gradient_clip_val": Key("optim.max_grad_norm"),
     "batch_size": Key("optim.batch_size"),
     "per_device_train_batch_size": Key("optim.batch_size"),
+    "micro_batch_size": Key("optim.batch_size"),
     "gradient_accumulation_steps": Key("optim.accumulation"),
+    "accumulate_grad_batches": Key("optim.accumulation"),
     "num_epochs": Key("optim.epochs"),
     "num_train_epochs": Key("optim.epochs"),
     "epochs": Key("optim.epochs"),
+    "max_epochs": Key("optim.epochs"),
+    "train_iters": Key("optim.max_steps", _by_itself),
     "max_steps": Key("optim.max_steps", _by_itself),
     "num_training_steps": Key("optim.max_steps", _by_itself),
     "total_steps": Key("optim.max_steps", _by_itself),
     "fp16": Key("optim.precision", _when_true("float16"), lambda value: value == "float16"),
     "bf16": Key("optim.precision", _when_true("bfloat16"), lambda value: value == "bfloat16"),
+    "mixed_precision": Key("optim.precision", _dtype, _mixed_precision),
     "student_dtype": Key("student.dtype", _dtype),
     "teacher_dtype": Key("teacher.dtype", _dtype),
     "load_in_4bit": Key("teacher.quantization", _quantization),
@@ -102,12 +131,15 @@ USUAL_KEYS = {
     "student_model_name": Key("student.path"),
     "student_path": Key("student.path"),
     "model_name_or_path": Key("student.path"),
+    "base_model": Key("student.path"),
     "temperature": Key("objective.kd.temperature.start"),
     "kd_temperature": Key("objective.kd.temperature.start"),
     "min_temperature": Key("objective.kd.temperature.end"),
     "final_temperature": Key("objective.kd.temperature.end"),
     "kd_loss_type": Key("objective.kd.loss"),
     "kd_top_k": Key("objective.kd.top_k"),
+    "kd_alpha": Key("objective.kd.weight"),
+    "kd_ce_alpha": Key("objective.lm.weight"),
     "alpha_kd": Key("objective.kd.weight"),
     "alpha_lm": Key("objective.lm.weight"),
     "alpha_ce": Key("objective.lm.weight"),
@@ -119,6 +151,10 @@ USUAL_KEYS = {
     "attention_layers": Key("objective.attention.num_layers"),
     "max_length": Key("data.max_length"),
     "max_seq_length": Key("data.max_length"),
+    "max_seq_len": Key("data.max_length"),
+    "seq_length": Key("data.max_length"),
+    "sequence_len": Key("data.max_length"),
+    "cutoff_len": Key("data.max_length"),
     "max_prompt_length": Key("data.max_prompt_length"),
     "train_file": Key("data.train"),
     "train_data": Key("data.train"),
@@ -130,8 +166,10 @@ USUAL_KEYS = {
     "early_stopping_patience": Key(_PATIENCE, _by_itself),
     "save_steps": Key("checkpoint.every_steps", _never),
     "seed": Key("seed"),
+    **LAUNCHED,
 }
-"""Of HF's Trainer, TRL, and the student-aware trainer of the post-mortems."""
+"""Of HF's Trainer, TRL, axolotl, LLaMA-Factory, torchtune, Lightning, Megatron, and the student-aware trainer of the
+post-mortems."""
 
 DISTILLM_KEYS = {
     "lr": Key("optim.learning_rate"),
@@ -161,9 +199,10 @@ DISTILLM_KEYS = {
     "gen_top_p": Key("rollout.top_p"),
     "temperature": Key("evaluation.sampling_temperature"),
     "seed": Key("seed"),
+    **LAUNCHED,
 }
 """Of DistiLLM; dashes of its flags are underscores here. An interval of -1 is once an epoch there."""
-DISTILLM_MARKS = ("type", "warmup_iters", "loss_eps", "init_threshold", "skew_alpha", "student_gen")
+DISTILLM_MARKS = ("warmup_iters", "loss_eps", "init_threshold", "skew_alpha", "student_gen")
 _DISTILLM_DEFAULTS: dict[str, Value] = {
     "optim.warmup_steps": 0,
     "optim.accumulation": 1,
@@ -198,7 +237,9 @@ class Translation:
 
 def is_distillm(given: Mapping[str, Value]) -> bool:
     """Whether these are DistiLLM's arguments, rather than another trainer's."""
-    return any(mark in given for mark in DISTILLM_MARKS) and not any(name.startswith("alpha_") for name in given)
+    names_loss = any(part in _DISTILLM_LOSSES for part in str(given.get("type", "")).split("-"))
+    has_mark = names_loss or any(mark in given for mark in DISTILLM_MARKS)
+    return has_mark and not any(name.startswith("alpha_") for name in given)
 
 
 def keys_of(given: Mapping[str, Value]) -> Mapping[str, Key]:
@@ -274,8 +315,8 @@ def _build(part: type[BaseModel], tree: Mapping[str, Any], where: str, refused: 
             given[name] = TypeAdapter(kind).validate_python(value)
         except ValidationError as error:
             reason = error.errors()[0]
-            unknown_word = reason["type"] == "literal_error"
-            refused.append(f"{where}{name}={value!r}" + ("?" if unknown_word else f": {reason['msg']}"))
+            is_unknown = reason["type"] == "literal_error" or "$" in str(value)  # a variable of the shell
+            refused.append(f"{where}{name}={value!r}" + ("?" if is_unknown else f": {reason['msg']}"))
     return part.model_construct(**given)
 
 
