@@ -123,6 +123,38 @@ FORMATS = {
         {"learning_rate": {100: 1.5e-4}, "loss": {100: 6.7}, "loss_scale": {100: 1.0}, "grad_norm": {100: 1.23}},
         {},
     ),
+    "Megatron's evaluation": (
+        " validation loss at iteration 500 | lm loss value: 2.0E+00 | lm loss PPL: 7.389056E+00 |\n",
+        {},
+        {"cross_entropy": {500: 2.0}, "perplexity": {500: 7.389056}},
+    ),
+    "DeepSpeed, whose rates are a list": (
+        "[INFO] [logging.py:96:log_dist] [Rank 0] step=10, skipped=3, lr=[2e-05, 1e-05], mom=[(0.9, 0.95)]\n",
+        {"learning_rate": {10: 2e-5}},
+        {},
+    ),
+    "counts in brackets, and a figure after an exponent": (
+        "Epoch [1/3] Step [20/2000] Loss: 2.5 LR: 1.0e-05 Grad Norm: 0.75\n",
+        {"loss": {20: 2.5}, "learning_rate": {20: 1e-5}, "grad_norm": {20: 0.75}},
+        {},
+    ),
+    "Lightning": (
+        "epoch,lr-AdamW,step,train_loss_epoch,train_loss_step,val_loss\n,1e-4,49,,,\n0,,49,,2.5,\n0,,99,2.4,,2.25\n",
+        {"learning_rate": {49: 1e-4}, "loss": {49: 2.5}, "epoch": {49: 0, 99: 0}},
+        {"loss": {99: 2.25}},
+    ),
+    "fastai, with times": (
+        "epoch     train_loss  valid_loss  time    \n0         2.500000    2.750000    01:10   \n"
+        "1         2.250000    2.500000    1:01:10\n",
+        {"loss": {1: 2.5, 2: 2.25}, "epoch": {1: 0.0, 2: 1.0}},
+        {"loss": {1: 2.75, 2: 2.5}},
+    ),
+    "transformers without its bar, placed by epochs": (
+        "  Num Epochs = 2\n  Total optimization steps = 500\n{'loss': 2.5, 'epoch': 0.04}\n"
+        "{'eval_loss': 2.25, 'epoch': 0.04}\n{'loss': 2.0, 'epoch': 2.0}\n",
+        {"loss": {10: 2.5, 500: 2.0}, "epoch": {10: 0.04, 500: 2.0}},
+        {"loss": {10: 2.25}, "epoch": {10: 0.04}},
+    ),
     "fairseq": (
         "| epoch 001:    100 / 5000 loss=9.1, ppl=295.1, wps=10000, gnorm=1.2, lr=0.0001, num_updates=100\n",
         {"loss": {100: 9.1}, "perplexity": {100: 295.1}, "grad_norm": {100: 1.2}, "learning_rate": {100: 1e-4}},
@@ -208,6 +240,7 @@ class TestFormats:
     def test_settings_are_no_events(self) -> None:
         """A log that began with its settings had counted as stopped early, and as not finite."""
         text = "on_nonfinite: stop\nearly_stopping_patience: 10\n'early_stopping': None\nloss: 2.0\n"
+        text += "EarlyStopping counter: 3 out of 7\nEarly stopping enabled with patience 7\n"
         assert read_text(text, source="log").events == []
 
     def test_events_name_line_and_step(self) -> None:

@@ -193,17 +193,16 @@ class KeysDocument:
 
     def patched(self, patch: Mapping[str, Value]) -> "KeysDocument":
         """With other values under the file's own names."""
-        tree, keys = self._tree, keys_of(self._values)
-        for field, value in foreign_patch(patch):
-            for part in _sections(tree):
-                for name in part:
-                    if name in keys and keys[name].field == field:
-                        part[name] = keys[name].write(value)
+        keys, wanted = keys_of(self._values), dict(foreign_patch(patch))
+        written = {name: key.write(wanted[key.field]) for name, key in keys.items() if key.field in wanted}
         if not self.is_json:
-            return replace(self, text=yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+            return replace(self, text=_edited(self.text, written))
+        tree = self._tree
+        for part in _sections(tree):
+            part |= {name: value for name, value in written.items() if name in part}
         indent = re.search(r"\n( +)", self.text)
-        written = json.dumps(tree, indent=len(indent[1]) if indent else None, ensure_ascii=False)
-        return replace(self, text=written + "\n" * self.text.endswith("\n"))
+        text = json.dumps(tree, indent=len(indent[1]) if indent else None, ensure_ascii=False)
+        return replace(self, text=text + "\n" * self.text.endswith("\n"))
 
     def in_its_words(self, patch: Mapping[str, Value]) -> Mapping[str, Value]:
         """Keys."""
@@ -222,15 +221,35 @@ class KeysDocument:
         return values
 
 
+MOST_DEPTH = 4
+"""Of mappings in one another that are read."""
 _MEASURES = re.compile(r"(?:eval|valid|val_|val$|test|generation|inference|sampling)", re.IGNORECASE)
 
 
-def _sections(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _sections(tree: dict[str, Any], depth: int = MOST_DEPTH) -> Iterator[dict[str, Any]]:
     """Itself and the mappings below, but for those of evaluation, whose batches and lengths are not training's."""
     yield tree
-    for name, value in tree.items():
+    for name, value in tree.items() if depth else ():
         if isinstance(value, dict) and not _MEASURES.match(str(name)):
-            yield from _sections(value)
+            yield from _sections(value, depth - 1)
+
+
+def _edited(text: str, written: Mapping[str, Value]) -> str:
+    """YAML with other values of these keys; every other character stays."""
+    for name, node in sorted(_scalars(yaml.compose(text)), key=lambda one: one[1].start_mark.index, reverse=True):
+        if name in written:
+            value = yaml.safe_dump(written[name]).partition("\n")[0]
+            text = text[: node.start_mark.index] + value + text[node.end_mark.index :]
+    return text
+
+
+def _scalars(node: yaml.Node | None, depth: int = MOST_DEPTH) -> Iterator[tuple[str, yaml.ScalarNode]]:
+    """The keys of `_sections`, and where their values are."""
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if isinstance(value, yaml.ScalarNode):
+            yield str(key.value), value
+        elif depth and not _MEASURES.match(str(key.value)):
+            yield from _scalars(value, depth - 1)
 
 
 def _changed(before: Mapping[str, Value], after: Mapping[str, Value]) -> dict[str, Value]:
@@ -271,7 +290,7 @@ class FlagsDocument:
         for field, value in foreign_patch(patch):
             for name, place in self._places.items():
                 if name in keys and keys[name].field == field and value is not None:
-                    edits[place] = str(keys[name].write(value))
+                    edits |= _edit(self.text, place, keys[name].write(value))
             if field == "rollout.mode" and value == "off" and is_distillm(values) and "type" in self._places:
                 parts = str(values["type"]).split("-")
                 edits[self._places["type"]] = "-".join(part for part in parts if part not in ("adaptive", "mixed"))
@@ -300,6 +319,15 @@ class FlagsDocument:
             place = (found.end(1),) * 2 if is_switch else _resolved(code, found.span(group or 0), variables)
             places[found[1].replace("-", "_")] = place
         return places
+
+
+def _edit(text: str, place: tuple[int, int], value: Value) -> dict[tuple[int, int], str]:
+    """A value in its place; a switch that is to be off goes away."""
+    start, end = place
+    if start < end:
+        return {place: str(value)}
+    flag = text.rindex("--", 0, start) if value is False else start
+    return {(flag, end): "" if value is False else f" {value}"}
 
 
 def _resolved(code: str, place: tuple[int, int], variables: Mapping[str, tuple[int, int]]) -> tuple[int, int]:

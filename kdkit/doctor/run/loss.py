@@ -48,7 +48,8 @@ def check_nonfinite(trace: Trace) -> Iterator[Observation]:
             yield fail(
                 f"{name} is no number at {len(broken)} log rows, first at step {step}{alone}{_before(trace, step)}"
             )
-    yield from _hidden_nonfinite(trace)
+    if "loss" in trace.train and np.isfinite(trace.train["loss"].values).all():
+        yield from _hidden_nonfinite(trace)
 
 
 def _hidden_nonfinite(trace: Trace) -> Iterator[Observation]:
@@ -58,9 +59,9 @@ def _hidden_nonfinite(trace: Trace) -> Iterator[Observation]:
         values = np.empty(0) if series is None else series.values
         sound = np.flatnonzero(values != 0 if name == "loss" else np.isfinite(values))
         first = int(sound[-1]) + 1 if len(sound) else 0
-        if series is None or len(values) - first < LEAST_BROKEN_ROWS:
+        if series is None or not first or len(values) - first < LEAST_BROKEN_ROWS:
             continue
-        if name == "loss" and not (first and values[first - 1] > LEAST_LOSS_BEFORE):
+        if name == "loss" and values[first - 1] <= LEAST_LOSS_BEFORE:
             continue
         step, what = int(series.steps[first]), "exactly 0" if name == "loss" else "no number"
         rows = f"at each of the last {len(values) - first} log rows, from step {step} on"
