@@ -53,7 +53,7 @@ def _log_in(folder: Path) -> Path:
     states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=_checkpoint_step)
     if states:
         return states[-1]
-    raise UserError(f"{folder} holds no run: neither metrics.jsonl nor trainer_state.json is in it")
+    raise UserError(f"{folder} holds no run: neither metrics.jsonl nor trainer_state.json is in it. Name a log in it")
 
 
 def _checkpoint_step(state: Path) -> int:

@@ -77,7 +77,10 @@ def read_document(source: str, overrides: Iterable[str] = ()) -> Document:
     if overrides:
         raise UserError(f"--set sets fields of kdkit, and {source} is another trainer's: change the file itself")
     if not document.translation.stated:
-        raise UserError(f"{source} has no setting that is known here: give a config of kdkit, HF, TRL or DistiLLM")
+        raise UserError(
+            f"{source} has no setting that is known here: give a config of kdkit, HF, TRL, axolotl, LLaMA-Factory, "
+            "torchtune, Megatron or DistiLLM"
+        )
     return document
 
 
