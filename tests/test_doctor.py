@@ -179,6 +179,11 @@ class TestChecks:
     def test_what_looks_like_a_hidden_nan(self, figures: dict, tmp_path: Path) -> None:
         assert "KD206" not in run_of(tmp_path, **figures).codes
 
+    def test_a_term_that_grows_is_no_matter_of_its_scale(self, tmp_path: Path) -> None:
+        """A learning rate of 1 took a divergence from 6.8 to 17, and a sum over tokens was blamed."""
+        assert "KD207" not in run_of(tmp_path, **{"part/kd": lambda at: 6.8 + 12 * min(5 * at, 1)}).codes
+        assert "KD207" in run_of(tmp_path, **{"part/kd": lambda at: 30 - at}).codes
+
     @pytest.mark.parametrize("lost_at", [4, 9])
     def test_a_collapse_is_named_within_two_evaluations(self, lost_at: int, tmp_path: Path) -> None:
         history = [{"step": 10 * n, "eval_rougeL": 20.0 if n < lost_at else 15.9} for n in range(lost_at + 2)]
