@@ -157,6 +157,33 @@ class TestChecks:
         assert finding.code == "KD206"
         assert "15 log rows, first at step 150; before it loss 3.517, grad_norm 1" in finding.evidence
 
+    def test_a_nan_that_the_trainer_hides(self, tmp_path: Path) -> None:
+        """transformers leaves NaN out of the mean that it logs: the loss is 0, and only the gradients tell."""
+        hidden = run_of(
+            tmp_path,
+            loss=lambda at: 0.0 if at > 0.5 else 4 - at,
+            grad_norm=lambda at: None if at > 0.5 else 1.0,
+        )
+        assert [finding.code for finding in hidden.findings] == ["KD206", "KD206"]
+        assert "loss is exactly 0 at each of the last 15 log rows, from step 150 on" in hidden.findings[0].evidence
+        assert "grad_norm is no number at each of the last 15 log rows" in hidden.findings[1].evidence
+
+    @pytest.mark.parametrize(
+        "figures",
+        [
+            {"grad_norm": lambda at: None},  # a trainer that never measures it
+            {"grad_norm": lambda at: None if round(29 * at) in (5, 6, 12) else 1.0},  # a scaler that finds its scale
+            {"loss": lambda at: max(0.05 - at / 10, 0.0)},  # learnt by heart, in the digits that are printed
+        ],
+    )
+    def test_what_looks_like_a_hidden_nan(self, figures: dict, tmp_path: Path) -> None:
+        assert "KD206" not in run_of(tmp_path, **figures).codes
+
+    def test_a_term_that_grows_is_no_matter_of_its_scale(self, tmp_path: Path) -> None:
+        """A learning rate of 1 took a divergence from 6.8 to 17, and a sum over tokens was blamed."""
+        assert "KD207" not in run_of(tmp_path, **{"part/kd": lambda at: 6.8 + 12 * min(5 * at, 1)}).codes
+        assert "KD207" in run_of(tmp_path, **{"part/kd": lambda at: 30 - at}).codes
+
     @pytest.mark.parametrize("lost_at", [4, 9])
     def test_a_collapse_is_named_within_two_evaluations(self, lost_at: int, tmp_path: Path) -> None:
         history = [{"step": 10 * n, "eval_rougeL": 20.0 if n < lost_at else 15.9} for n in range(lost_at + 2)]

@@ -120,8 +120,40 @@ FORMATS = {
     "Megatron": (
         " iteration      100/  500000 | elapsed time per iteration (ms): 1234.5 | learning rate: 1.500E-04 | "
         "lm loss: 6.7E+00 | loss scale: 1.0 | grad norm: 1.23 |\n",
-        {"learning_rate": {100: 1.5e-4}, "part/lm": {100: 6.7}, "loss_scale": {100: 1.0}, "grad_norm": {100: 1.23}},
+        {"learning_rate": {100: 1.5e-4}, "loss": {100: 6.7}, "loss_scale": {100: 1.0}, "grad_norm": {100: 1.23}},
         {},
+    ),
+    "Megatron's evaluation": (
+        " validation loss at iteration 500 | lm loss value: 2.0E+00 | lm loss PPL: 7.389056E+00 |\n",
+        {},
+        {"cross_entropy": {500: 2.0}, "perplexity": {500: 7.389056}},
+    ),
+    "DeepSpeed, whose rates are a list": (
+        "[INFO] [logging.py:96:log_dist] [Rank 0] step=10, skipped=3, lr=[2e-05, 1e-05], mom=[(0.9, 0.95)]\n",
+        {"learning_rate": {10: 2e-5}},
+        {},
+    ),
+    "counts in brackets, and a figure after an exponent": (
+        "Epoch [1/3] Step [20/2000] Loss: 2.5 LR: 1.0e-05 Grad Norm: 0.75\n",
+        {"loss": {20: 2.5}, "learning_rate": {20: 1e-5}, "grad_norm": {20: 0.75}},
+        {},
+    ),
+    "Lightning": (
+        "epoch,lr-AdamW,step,train_loss_epoch,train_loss_step,val_loss\n,1e-4,49,,,\n0,,49,,2.5,\n0,,99,2.4,,2.25\n",
+        {"learning_rate": {49: 1e-4}, "loss": {49: 2.5}, "epoch": {49: 0, 99: 0}},
+        {"loss": {99: 2.25}},
+    ),
+    "fastai, with times": (
+        "epoch     train_loss  valid_loss  time    \n0         2.500000    2.750000    01:10   \n"
+        "1         2.250000    2.500000    1:01:10\n",
+        {"loss": {1: 2.5, 2: 2.25}, "epoch": {1: 0.0, 2: 1.0}},
+        {"loss": {1: 2.75, 2: 2.5}},
+    ),
+    "transformers without its bar, placed by epochs": (
+        "  Num Epochs = 2\n  Total optimization steps = 500\n{'loss': 2.5, 'epoch': 0.04}\n"
+        "{'eval_loss': 2.25, 'epoch': 0.04}\n{'loss': 2.0, 'epoch': 2.0}\n",
+        {"loss": {10: 2.5, 500: 2.0}, "epoch": {10: 0.04, 500: 2.0}},
+        {"loss": {10: 2.25}, "epoch": {10: 0.04}},
     ),
     "fairseq": (
         "| epoch 001:    100 / 5000 loss=9.1, ppl=295.1, wps=10000, gnorm=1.2, lr=0.0001, num_updates=100\n",
@@ -208,6 +240,7 @@ class TestFormats:
     def test_settings_are_no_events(self) -> None:
         """A log that began with its settings had counted as stopped early, and as not finite."""
         text = "on_nonfinite: stop\nearly_stopping_patience: 10\n'early_stopping': None\nloss: 2.0\n"
+        text += "EarlyStopping counter: 3 out of 7\nEarly stopping enabled with patience 7\n"
         assert read_text(text, source="log").events == []
 
     def test_events_name_line_and_step(self) -> None:
@@ -259,10 +292,10 @@ class TestFiles:
         [
             LOG.encode(),
             LOG.replace("\n", "\r\n").encode(),
-            gzip.compress(LOG.encode()),
+            gzip.compress(LOG.encode(), mtime=0),
             LOG.encode("utf-8-sig"),
             LOG.encode("utf-16"),
-            gzip.compress(LOG.encode("utf-16")),
+            gzip.compress(LOG.encode("utf-16"), mtime=0),
             b"\xff\xfe" + LOG.encode("utf-16-le"),
             b"\xfe\xff" + LOG.encode("utf-16-be"),
             b"broken \xe2\x96 bytes\n" + LOG.encode(),
@@ -282,7 +315,7 @@ class TestFiles:
         [
             ("model.safetensors", b"\x08\0\0\0\0\0\0\0{}", "is no text: it holds NUL bytes"),
             ("log.gz", b"\x1f\x8bjunk of more bytes", "cannot be read: Unknown compression method"),
-            ("log.gz", gzip.compress(b"loss: 2\n")[:-8] + b"12345678", "cannot be read: CRC check failed"),
+            ("log.gz", gzip.compress(b"loss: 2\n", mtime=0)[:-8] + b"12345678", "cannot be read: CRC check failed"),
             ("log.txt", b"", "names no figure"),
             ("trainer_state.json", b"\xff\xff", "list log_history"),
             ("trainer_state.json", b"[" * 100_000, "list log_history"),

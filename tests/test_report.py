@@ -273,7 +273,7 @@ class TestWriteRunReport:
         [
             (None, "neither metrics.jsonl nor trainer_state.json is in it."),
             (b"", "names no figure that a trainer logs"),
-            (b"\xff\x00 junk\n[1]\n7\n{}\n", "names no figure that a trainer logs"),
+            (b"\xff junk\n[1]\n7\n{}\n", "names no figure that a trainer logs"),
         ],
     )
     def test_a_log_that_is_none_is_said_and_breaks_nothing(self, tmp_path, content, said):

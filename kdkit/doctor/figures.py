@@ -15,6 +15,7 @@ from kdkit.doctor.trace import Event, Planned, Series, Trace
 NAMES = {
     "loss": "loss",
     "total_loss": "loss",
+    "loss_step": "loss",
     "avg": "loss",
     "learning_rate": "learning_rate",
     "lr": "learning_rate",
@@ -30,6 +31,8 @@ NAMES = {
     "cross_entropy": "cross_entropy",
     "ce_loss": "cross_entropy",
     "nll": "cross_entropy",
+    "lm_loss_value": "cross_entropy",
+    "lm_loss_ppl": "perplexity",
     "rouge_l": "rouge_l",
     "rougel": "rouge_l",
     "exact_match": "exact_match",
@@ -87,6 +90,8 @@ metrics.jsonl has no `step_seconds`, `steps_per_second` and `loss_scale`: only o
 DIGESTS = ("rows_digest", "texts_digest")
 """Of an evaluation: which rows were read, and what the student answered."""
 _EVALUATION = re.compile(r"^(?:eval(?:uation)?|val(?:idation)?|valid|dev|test)[_/]")
+_RATE_OF = re.compile(r"^lr_\w*(?:adafactor|adagrad|adam|lion|rmsprop|sgd)\w*(?:/pg1)?$")
+"""Lightning names it by its optimizer: `lr-AdamW`."""
 _TRAINING = re.compile(r"^(?:train|training)[_/]")
 
 
@@ -103,6 +108,8 @@ def figure_of(name: str) -> tuple[str | None, bool | None]:
     plain = name.strip().lower().replace(" ", "_").replace("-", "_")
     if plain in NAMES:
         return NAMES[plain], None
+    if _RATE_OF.match(plain):
+        return "learning_rate", False
     for prefix, is_eval in ((_EVALUATION, True), (_TRAINING, False)):
         if prefix.match(plain):
             return NAMES.get(_without_mean(prefix.sub("", plain))), is_eval
@@ -187,6 +194,16 @@ class Figures:
         """Put all values so far at step 0."""
         for column in (*self.train.values(), *self.evals.values()):
             column.steps = array("q", bytes(8 * len(column.steps)))
+
+    def place_by_epoch(self, steps_per_epoch: float) -> None:
+        """Put all values at the step of the epoch that was logged beside them, should epochs only go up."""
+        epoch = self.train.get("epoch")
+        if epoch is None or not np.isfinite(epoch.values).all() or (np.diff(epoch.values) < 0).any():
+            return
+        rows, epochs = np.array(epoch.steps), np.minimum(np.array(epoch.values), 2.0**53 / steps_per_epoch)
+        for column in (*self.train.values(), *self.evals.values()):
+            steps = np.rint(np.interp(column.steps, rows, epochs) * steps_per_epoch)
+            column.steps = array("q", steps.astype(np.int64).tobytes())
 
     def trace(self, source: str, planned: Planned, *, num_lines: int | None = None) -> Trace:
         """All of it."""

@@ -19,11 +19,11 @@ NUMBER_OF_CELL = re.compile(r"[.0-9][0-9.]*(?:[eE][-+]?[0-9]+)?")
 READABLE = re.compile(r"(?:0(?:,0)*\.?0?|\.0)(?:[eE][-+]?0)?[.,]*")
 SPECIAL = {"nan": math.nan, "inf": math.inf, "infinity": math.inf}
 
-_NAME = r"(?<![A-Za-z_/])([A-Za-z][\w/²-]{0,50}(?: [A-Za-z][\w/-]{0,30}){0,2})"
+_NAME = r"(?<![\w/])([A-Za-z][\w/²-]{0,50}(?: [A-Za-z][\w/-]{0,30}){0,2})"
 _SIGN = r"([-+]?)(?:(nan|inf(?:inity)?)\b|(?=[.0]))"
-_PAIR = re.compile(rf"{_NAME}(?:['\"]?\s*[=:]\s*['\"]?(?:[a-z_.0]+\()?~?|(\s+)){_SIGN}", re.IGNORECASE)
+_PAIR = re.compile(rf"{_NAME}(?:['\"]?\s*[=:]\s*['\"]?(?:[a-z_.0]+\(|\[)?~?|(\s+)){_SIGN}", re.IGNORECASE)
 _STEP = re.compile(
-    r"(?<![A-Za-z])(?:step|iter(?:ation)?|num_updates)['\"]?\s*[=:]?\s*(0[0,]*)(?:\s*/\s*(0))?", re.IGNORECASE
+    r"(?<![A-Za-z])(?:step|iter(?:ation)?|num_updates)['\"]?\s*[=:]?\s*\[?(0[0,]*)(?:\s*/\s*(0))?", re.IGNORECASE
 )
 _BARE_LOSS = re.compile(rf"^\s*Step\s+0\s*:\s*{_SIGN}[0.,eE+-]*(?:\s|$)", re.IGNORECASE)
 _BAR = re.compile(r"^\s*(?:([^|%:]{0,40}):\s*)?0%\|[^|]{0,300}\|\s*(0)/(0)\s*\[", re.IGNORECASE)
@@ -40,6 +40,8 @@ _PLANS = {
     "total_optimization_steps": "num_steps",
     "max_steps": "num_steps",
     "total_iters": "num_steps",
+    "num_epochs": "num_epochs",
+    "num_train_epochs": "num_epochs",
     "warmup_steps": "warmup_steps",
     "warmup_iters": "warmup_steps",
     "vocab_size": "vocabulary",
@@ -62,12 +64,13 @@ _BESIDE = {
 }
 _WEIGHTS = {"kd": "kd", "feat": "hidden", "attn": "attention", "layer": "layerwise", "contr": "contrastive"}
 _IS_SETTING = r"(?!\w|['\"]?\s*[=:]\s*(?:0|none|null|true|false|stop|skip|\{))"
+_IS_NO_STOP = r"(?!\s+(?:callback|counter|disabled|enabled|fails|metric|monitor|patience|threshold|too|with)\b)"
 _EVENTS = {
     "nonfinite": re.compile(rf"(?<!\w)non-?finite{_IS_SETTING}|loss(?: is|[=:])\s*(?:nan|inf)\b", re.IGNORECASE),
     "memory": re.compile(r"high gpu memory", re.IGNORECASE),
     "dtype": re.compile(r"must have the same dtype|expected scalar type|expected m0 and m0 to have", re.IGNORECASE),
     "out_of_memory": re.compile(r"out of memory", re.IGNORECASE),
-    "early_stop": re.compile(rf"early[ _-]?stop(?:ping|ped){_IS_SETTING}", re.IGNORECASE),
+    "early_stop": re.compile(rf"early[ _-]?stop(?:ping|ped){_IS_SETTING}{_IS_NO_STOP}", re.IGNORECASE),
     "failure": re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception): "),
 }
 _SPEAKS = re.compile(
@@ -181,7 +184,15 @@ def _slots(shape: str, pairs: Pairs, starts: Starts, *, has_step: bool) -> Itera
     for slot in found:
         if slot.index is not None or slot.constant is not None:
             first.setdefault((slot.name, slot.is_eval), slot)
-    yield from first.values()
+    yield from _without_total(first) if has_step else first.values()
+
+
+def _without_total(slots: Mapping[tuple[str, bool], Slot]) -> Iterator[Slot]:
+    """`lm loss` beside a learning rate is all there is to minimise, where neither a total nor another term is named."""
+    parts = [name for name, _ in slots if name.startswith("part/")]
+    names = {name for name, _ in slots}
+    is_total = parts == ["part/lm"] and "learning_rate" in names and "loss" not in names
+    yield from (replace(slot, name="loss") if is_total and slot.name == "part/lm" else slot for slot in slots.values())
 
 
 def _slot(name: str, sign: str, special: str | None, index: int | None, *, is_eval: bool) -> Slot:

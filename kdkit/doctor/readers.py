@@ -15,8 +15,9 @@ from kdkit.errors import UserError
 __all__ = ["Traces", "read_text", "read_traces"]
 
 Traces = dict[str | None, Trace]
+"""Stage, or None where there are none -> what it left."""
 Row = Mapping[str, object]
-_STEPS = ("step", "global_step", "iteration", "iter", "_step")
+_STEPS = ("step", "global_step", "iteration", "iter", "_step", "current_steps")
 
 
 def read_traces(path: Path) -> Traces:
@@ -53,7 +54,7 @@ def _log_in(folder: Path) -> Path:
     states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=_checkpoint_step)
     if states:
         return states[-1]
-    raise UserError(f"{folder} holds no run: neither metrics.jsonl nor trainer_state.json is in it")
+    raise UserError(f"{folder} holds no run: neither metrics.jsonl nor trainer_state.json is in it. Name a log in it")
 
 
 def _checkpoint_step(state: Path) -> int:

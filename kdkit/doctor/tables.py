@@ -11,6 +11,7 @@ _STEPS = ("step", "steps", "global_step", "iteration", "iter", "_step")
 _OF_EVALUATIONS = ("rouge_l", "exact_match", "perplexity", "cross_entropy")
 _WORDS = re.compile(r"((?:train|training|validation|val|eval|total|learning|grad)) (?=loss|rate|norm)", re.IGNORECASE)
 _CELL = re.compile(rf"\s*[~\"]?([-+]?)({NUMBER.pattern}|nan|inf)?\s*%?\"?\s*", re.IGNORECASE)
+_TIME = re.compile(r"\s*0(?::0){1,2}(?:\.0)?\s*")
 _BLANK = re.compile(r"\s*(?:no log|-+|n/?a|none|null)?\s*", re.IGNORECASE)
 
 
@@ -34,13 +35,11 @@ class Table:
         numbers = NUMBER_OF_CELL if self.delimiter == "," else NUMBER
         for column, cell in enumerate(cells):
             held = _CELL.fullmatch(cell)
-            if held is None and _BLANK.fullmatch(cell) is None:
+            if held is None and _BLANK.fullmatch(cell) is None and _TIME.fullmatch(cell) is None:
                 return None
-            if held is None or not held[2]:
-                continue
-            if column == self.steps:
-                step = count
-            slots += self._slot(column, held[1], held[2], count)
+            if held is not None and held[2]:
+                step = count if column == self.steps else step
+                slots += self._slot(column, held[1], held[2], count)
             count += len(numbers.findall(cell))
         return Shape(step=step, slots=tuple(slots), has_commas=self.delimiter != ",")
 

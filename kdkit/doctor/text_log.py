@@ -32,7 +32,8 @@ def read_text(text: str, *, source: str) -> Trace:
 def read_log(blocks: Iterable[bytes], *, source: str) -> Trace:
     """A plain text log: `key=value`, `key: value`, dicts and tables, progress bars, warnings and errors.
 
-    A figure counts at the last step that was named before it; where none ever is, rows with a loss are counted. A
+    A figure counts at the last step that was named before it; where none ever is, at that of its epoch, or else rows
+    with a loss are counted. A
     step out of a smaller total than one before (`3/16` after `50/5000`) is that of an evaluation, and passed over.
 
     Args:
@@ -44,6 +45,7 @@ def read_log(blocks: Iterable[bytes], *, source: str) -> Trace:
     log = _Log()
     for block in blocks:
         log.read(block)
+    log.count_by_epochs()
     planned = replace(log.planned, num_steps=log.planned.num_steps or log.total_steps or None)
     return log.figures.trace(source, planned, num_lines=log.num_lines + 1)
 
@@ -86,6 +88,12 @@ class _Log:
             for part, part_shape in zip(line.split("\r"), shape.split("\r"), strict=True):
                 self._read_line(part, part_shape[:LONGEST], number)
         self.num_lines += len(lines) - 1
+
+    def count_by_epochs(self) -> None:
+        """Put rows at the steps of their epochs, where no step was named but the steps of all epochs were."""
+        num_epochs, num_steps = self.planned.num_epochs, self.planned.num_steps
+        if not self._names_steps and num_epochs and num_steps:
+            self.figures.place_by_epoch(num_steps / num_epochs)
 
     def _read_line(self, line: str, shape: str, number: int) -> None:
         try:

@@ -74,11 +74,12 @@ def diagnose_config(
         card: on which it is to run.
         num_rows: training rows, where they are not to be counted here.
     Returns:
-        `Diagnosis`, failures first; the patches hold whole paths, as `--set` takes them.
+        `Diagnosis`, failures first; the patches hold whole paths, as `--set` takes them, or another trainer's names.
     Raises:
         UserError: as `read_document` and `load_config`.
     """
-    return _diagnose(read_document(source, overrides), card, num_rows, Readings())
+    document = read_document(source, overrides)
+    return _in_its_words(_diagnose(document, card, num_rows, Readings()), document)
 
 
 def fix_config(source: str, overrides: Iterable[str] = (), *, card: Card, num_rows: int | None = None) -> Fixed:
@@ -97,7 +98,7 @@ def fix_config(source: str, overrides: Iterable[str] = (), *, card: Card, num_ro
         patched = document.patched(_merged(diagnosis.findings))
         if patched.text == document.text or not any(finding.patch for finding in diagnosis.findings):
             mended = [finding for (code, _), finding in found.items() if code not in diagnosis.codes]
-            return Fixed(document.text, _difference(given, document), mended, diagnosis)
+            return Fixed(document.text, _difference(given, document), mended, _in_its_words(diagnosis, document))
         document = patched
     raise UserError(f"the fixes of {source} undo each other: {', '.join(sorted(diagnosis.codes))}; change it by hand")
 
@@ -160,6 +161,12 @@ def _is_own(field: str, stage: str, wanting: set[str], config: DistillConfig) ->
     has_part = _sets(overrides, path[:-1]) and attrgetter(".".join(path[:-1]))(config) is None
     inheriting = {name for name, tree in config.stages.items() if not _sets(tree, path)}
     return has_part or stage not in inheriting or not inheriting <= wanting
+
+
+def _in_its_words(diagnosis: Diagnosis, document: Document) -> Diagnosis:
+    """With patches that name what the file names."""
+    findings = [replace(finding, patch=document.in_its_words(finding.patch)) for finding in diagnosis.findings]
+    return replace(diagnosis, findings=findings)
 
 
 def _sets(tree: Mapping[str, object], path: list[str]) -> bool:

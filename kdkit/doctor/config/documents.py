@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +47,10 @@ class Document(Protocol):
         """The same with other values; a field that the file has no word for stays away."""
         ...
 
+    def in_its_words(self, patch: Mapping[str, Value]) -> Mapping[str, Value]:
+        """What a patch changes, by the file's own names."""
+        ...
+
 
 def read_document(source: str, overrides: Iterable[str] = ()) -> Document:
     """Find out what kind of config there is.
@@ -73,7 +77,10 @@ def read_document(source: str, overrides: Iterable[str] = ()) -> Document:
     if overrides:
         raise UserError(f"--set sets fields of kdkit, and {source} is another trainer's: change the file itself")
     if not (document.translation.stated or document.translation.refused):
-        raise UserError(f"{source} has no setting that is known here: give a config of kdkit, HF, TRL or DistiLLM")
+        raise UserError(
+            f"{source} has no setting that is known here: give a config of kdkit, HF, TRL, axolotl, LLaMA-Factory, "
+            "torchtune, Megatron or DistiLLM"
+        )
     return document
 
 
@@ -81,15 +88,13 @@ def _foreign(source: str, path: Path, text: str) -> "KeysDocument | FlagsDocumen
     if path.suffix == ".sh":
         return FlagsDocument(source, text)
     tree = _parsed(source, text)
-    if not isinstance(tree, dict) or _OWN_PARTS.intersection(name for name, value in tree.items() if _is_part(value)):
+    if not isinstance(tree, dict) or "preset" in tree:
         return None
-    if "preset" in tree:
+    parts = {name for name, value in tree.items() if isinstance(value, dict)}
+    own = parts & _OWN_PARTS
+    if own and len(own) >= len(parts - own):  # a slip in a name does not make it another trainer's
         return None
     return KeysDocument(source, text)
-
-
-def _is_part(value: object) -> bool:
-    return isinstance(value, dict)
 
 
 def _is_json(source: str) -> bool:
@@ -141,6 +146,10 @@ class OwnDocument:
                 tree = {name: tree}
             document = document.merged(tree, whole=field)
         return document
+
+    def in_its_words(self, patch: Mapping[str, Value]) -> Mapping[str, Value]:
+        """The paths of kdkit's fields."""
+        return patch
 
     def merged(self, above: Mapping[str, Any], *, whole: str = "") -> "OwnDocument":
         """With a tree laid over it; `whole` is a field whose value is replaced rather than merged."""
@@ -204,7 +213,7 @@ def _edited_yaml(source: str, text: str, edit: Callable[[Any], None], *, indent:
 
 @dataclass(frozen=True)
 class KeysDocument:
-    """A JSON or YAML file of another trainer: keys at its top, or one mapping below."""
+    """A JSON or YAML file of another trainer: keys at its top, or in mappings below."""
 
     source: str
     text: str
@@ -221,15 +230,20 @@ class KeysDocument:
 
     def patched(self, patch: Mapping[str, Value]) -> "KeysDocument":
         """With other values under the file's own names."""
-        keys, values = keys_of(self._values), dict(foreign_patch(patch))
+        keys, wanted = keys_of(self._values), dict(foreign_patch(patch))
+        written = {name: key.write(wanted[key.field]) for name, key in keys.items() if key.field in wanted}
+        if not _is_json(self.source):
+            return replace(self, text=_rewritten(self.text, written))
+        tree = self._tree
+        for part in _sections(tree):
+            part |= {name: value for name, value in written.items() if name in part}
+        indent = re.search(r"\n( +)", self.text)
+        text = json.dumps(tree, indent=len(indent[1]) if indent else None, ensure_ascii=False)
+        return replace(self, text=text + "\n" * self.text.endswith("\n"))
 
-        def edit(tree: dict[str, Any]) -> None:
-            for part in (tree, *(part for part in tree.values() if isinstance(part, dict))):
-                for name in part:
-                    if name in keys and keys[name].field in values:
-                        part[name] = keys[name].write(values[keys[name].field])
-
-        return replace(self, text=_edited(self.source, self.text, edit)) if values else self
+    def in_its_words(self, patch: Mapping[str, Value]) -> Mapping[str, Value]:
+        """Keys."""
+        return _changed(self._values, self.patched(patch)._values)
 
     @property
     def _tree(self) -> dict[str, Any]:
@@ -239,14 +253,55 @@ class KeysDocument:
     @property
     def _values(self) -> dict[str, Value]:
         values: dict[str, Value] = {}
-        for name, value in self._tree.items():
-            part = value if isinstance(value, dict) else {name: value}
-            values |= {str(key): held for key, held in part.items()}
+        for section in _sections(self._tree):
+            own = {str(name): value for name, value in section.items() if not isinstance(value, dict)}
+            values = own | values
         return values
 
 
-_FLAG = re.compile(r"--([a-zA-Z][\w-]*)(?:[ \t=]+[\"']?([^\s\"'\\|&;<>()-][^\s\"'\\;]*|-\d[\d.]*))?")
+MOST_DEPTH = 4
+"""Of mappings in one another that are read."""
+_MEASURES = re.compile(r"(?:eval|valid|val_|val$|test|generation|inference|sampling)", re.IGNORECASE)
+
+
+def _sections(tree: dict[str, Any], depth: int = MOST_DEPTH) -> Iterator[dict[str, Any]]:
+    """Itself and the mappings below, but for those of evaluation, whose batches and lengths are not training's."""
+    yield tree
+    for name, value in tree.items() if depth else ():
+        if isinstance(value, dict) and not _MEASURES.match(str(name)):
+            yield from _sections(value, depth - 1)
+
+
+def _rewritten(text: str, written: Mapping[str, Value]) -> str:
+    """YAML with other values of these keys; every other character stays."""
+    for name, node in sorted(_scalars(yaml.compose(text)), key=lambda one: one[1].start_mark.index, reverse=True):
+        if name in written:
+            value = yaml.safe_dump(written[name]).partition("\n")[0]
+            text = text[: node.start_mark.index] + value + text[node.end_mark.index :]
+    return text
+
+
+def _scalars(node: yaml.Node | None, depth: int = MOST_DEPTH) -> Iterator[tuple[str, yaml.ScalarNode]]:
+    """The keys of `_sections`, and where their values are."""
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if isinstance(value, yaml.ScalarNode):
+            yield str(key.value), value
+        elif depth and not _MEASURES.match(str(key.value)):
+            yield from _scalars(value, depth - 1)
+
+
+def _changed(before: Mapping[str, Value], after: Mapping[str, Value]) -> dict[str, Value]:
+    return {name: value for name, value in after.items() if value != before.get(name)}
+
+
+MOST_VARIABLES = 8
+"""One of which names the next."""
+_FLAG = re.compile(
+    r"--([a-z][a-z0-9_-]*)(?:[ \t=]+(?:\"([^\"\n]+)\"|'([^'\n]+)'|([^\s\"'\\|&;<>()-][^\s\"'\\;]*|-\d[\d.]*)))?"
+)
 _VARIABLE = re.compile(r"\$\{?(\w+)\}?")
+_DEFAULT = re.compile(r"\$\{\w+:?-([^{}\"']+)\}")
+_REST = re.compile(r"\$(?:@|\*|\{[@*].*)")
 _ASSIGNED = re.compile(r"^\s*(?:export\s+)?(\w+)=[\"']?([^\s\"'#;]+)", re.MULTILINE)
 
 
@@ -260,7 +315,7 @@ class FlagsDocument:
     @cached_property
     def translation(self) -> Translation:
         """In kdkit's terms."""
-        return translate({name: _value(self.text[start:end]) for name, (start, end) in self._places.items()})
+        return translate(self._values)
 
     @property
     def config(self) -> DistillConfig:
@@ -269,13 +324,13 @@ class FlagsDocument:
 
     def patched(self, patch: Mapping[str, Value]) -> "FlagsDocument":
         """With other values, where the flag or its variable has them."""
-        values = {name: _value(self.text[start:end]) for name, (start, end) in self._places.items()}
+        values = self._values
         keys = keys_of(values)
         edits: dict[tuple[int, int], str] = {}
         for field, value in foreign_patch(patch):
             for name, place in self._places.items():
                 if name in keys and keys[name].field == field and value is not None:
-                    edits |= _edit_of_flag(name, place, keys[name].write(value))
+                    edits |= _edit(self.text, place, keys[name].write(value))
             if field == "rollout.mode" and value == "off" and is_distillm(values) and "type" in self._places:
                 parts = str(values["type"]).split("-")
                 edits[self._places["type"]] = "-".join(part for part in parts if part not in ("adaptive", "mixed"))
@@ -284,6 +339,14 @@ class FlagsDocument:
             text = text[:start] + written + text[end:]
         return replace(self, text=text)
 
+    def in_its_words(self, patch: Mapping[str, Value]) -> Mapping[str, Value]:
+        """Flags."""
+        return _changed(self._values, self.patched(patch)._values)
+
+    @property
+    def _values(self) -> dict[str, Value]:
+        return {name: _value(self.text[start:end]) for name, (start, end) in self._places.items()}
+
     @cached_property
     def _places(self) -> dict[str, tuple[int, int]]:
         """Flag, dashes as underscores -> where its value is; an empty place for a switch. The last one counts."""
@@ -291,20 +354,34 @@ class FlagsDocument:
         variables = {found[1]: found.span(2) for found in _ASSIGNED.finditer(code)}
         places = {}
         for found in _FLAG.finditer(code):
-            place = found.span(2) if found[2] is not None else (found.end(), found.end())
-            variable = _VARIABLE.fullmatch(found[2] or "")
-            if variable is not None:
-                place = variables.get(variable[1], place)
+            group = next((group for group in (2, 3, 4) if found[group] is not None), None)
+            is_switch = group is None or _REST.fullmatch(found[group])
+            place = (found.end(1),) * 2 if is_switch else _resolved(code, found.span(group or 0), variables)
             places[found[1].replace("-", "_")] = place
         return places
 
 
-def _edit_of_flag(name: str, place: tuple[int, int], value: Value) -> dict[tuple[int, int], str]:
-    """Another value; a switch is left as it is, or taken out with its dashes."""
+def _edit(text: str, place: tuple[int, int], value: Value) -> dict[tuple[int, int], str]:
+    """A value in its place; a switch that is to be off goes away."""
     start, end = place
     if start < end:
         return {place: str(value)}
-    return {(start - len(f"--{name}"), end): ""} if value is False else {}
+    flag = text.rindex("--", 0, start) if value is False else start
+    return {(flag, end): "" if value is False else f" {value}"}
+
+
+def _resolved(code: str, place: tuple[int, int], variables: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    """Where the value of `$LR` or `${LR:-5e-5}` is written."""
+    for _ in range(MOST_VARIABLES):
+        text = code[slice(*place)]
+        default, variable = _DEFAULT.fullmatch(text), _VARIABLE.fullmatch(text)
+        if default is not None:
+            place = place[0] + default.start(1), place[0] + default.end(1)
+        elif variable is not None and variable[1] in variables:
+            place = variables[variable[1]]
+        else:
+            break
+    return place
 
 
 def _value(text: str) -> Value:

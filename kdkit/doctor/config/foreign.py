@@ -20,8 +20,8 @@ class Unstated(Exception):
     """A value by which a trainer leaves the field to itself."""
 
 
-def _given(value: Value) -> Value:
-    """Null is as good as no key."""
+def _as_given(value: Value) -> Value:
+    """A null leaves it to the trainer."""
     if value is None:
         raise Unstated
     return value
@@ -33,7 +33,7 @@ class Key:
 
     field: str
     """What kdkit calls it; a field that kdkit lacks is for checks alone."""
-    read: Callable[[Value], Value] = _given
+    read: Callable[[Value], Value] = _as_given
     """Its value as kdkit has it.
 
     Raises:
@@ -44,10 +44,10 @@ class Key:
 
 
 def _never(value: Value) -> Value:
-    """-1 and null switch an interval off; below 1 it is a share of the steps."""
+    """-1 switches an interval off; below 1 it is a share of the steps."""
     if isinstance(value, float) and 0 < value < 1:
         raise Unstated
-    return 0 if value is None or value == -1 else value
+    return 0 if value == -1 else _as_given(value)
 
 
 def _unless_zero(value: Value) -> Value:
@@ -85,27 +85,49 @@ def _quantization(value: Value) -> Value:
     return "nf4"
 
 
+def _mixed_precision(value: Value) -> Value:
+    return {"bfloat16": "bf16", "float32": "no"}.get(str(value), "fp16")
+
+
 _PATIENCE = "evaluation.early_stopping.patience"
+LAUNCHED = {
+    "n_gpu": Key("processes"),
+    "num_processes": Key("processes"),
+    "nproc_per_node": Key("processes"),
+    "nnodes": Key("nodes"),
+}
+"""Of launchers: each process, on each node, takes a batch of its own."""
 USUAL_KEYS = {
     "learning_rate": Key("optim.learning_rate"),
     "lr": Key("optim.learning_rate"),
     "scheduler_type": Key("optim.scheduler"),
     "lr_scheduler_type": Key("optim.scheduler"),
+    "lr_scheduler": Key("optim.scheduler"),
+    "lr_decay_style": Key("optim.scheduler"),
     "warmup_steps": Key("optim.warmup_steps"),
+    "num_warmup_steps": Key("optim.warmup_steps"),
+    "lr_warmup_iters": Key("optim.warmup_steps"),
     "warmup_ratio": Key("optim.warmup_fraction"),
     "weight_decay": Key("optim.weight_decay"),
     "max_grad_norm": Key("optim.max_grad_norm", _unless_zero),
+    "clip_grad_norm": Key("optim.max_grad_norm", _unless_zero),
+    "gradient_clip_val": Key("optim.max_grad_norm", _unless_zero),
     "batch_size": Key("optim.batch_size"),
     "per_device_train_batch_size": Key("optim.batch_size"),
+    "micro_batch_size": Key("optim.batch_size"),
     "gradient_accumulation_steps": Key("optim.accumulation"),
+    "accumulate_grad_batches": Key("optim.accumulation"),
     "num_epochs": Key("optim.epochs"),
     "num_train_epochs": Key("optim.epochs"),
     "epochs": Key("optim.epochs"),
+    "max_epochs": Key("optim.epochs"),
+    "train_iters": Key("optim.max_steps", _by_itself),
     "max_steps": Key("optim.max_steps", _by_itself),
     "num_training_steps": Key("optim.max_steps", _by_itself),
     "total_steps": Key("optim.max_steps", _by_itself),
     "fp16": Key("optim.precision", _when_true("float16"), lambda value: value == "float16"),
     "bf16": Key("optim.precision", _when_true("bfloat16"), lambda value: value == "bfloat16"),
+    "mixed_precision": Key("optim.precision", _dtype, _mixed_precision),
     "student_dtype": Key("student.dtype", _dtype),
     "teacher_dtype": Key("teacher.dtype", _dtype),
     "load_in_4bit": Key("teacher.quantization", _quantization),
@@ -118,12 +140,15 @@ USUAL_KEYS = {
     "student_model_name": Key("student.path"),
     "student_path": Key("student.path"),
     "model_name_or_path": Key("student.path"),
+    "base_model": Key("student.path"),
     "temperature": Key("objective.kd.temperature.start"),
     "kd_temperature": Key("objective.kd.temperature.start"),
     "min_temperature": Key("objective.kd.temperature.end"),
     "final_temperature": Key("objective.kd.temperature.end"),
     "kd_loss_type": Key("objective.kd.loss"),
     "kd_top_k": Key("objective.kd.top_k"),
+    "kd_alpha": Key("objective.kd.weight"),
+    "kd_ce_alpha": Key("objective.lm.weight"),
     "alpha_kd": Key("objective.kd.weight"),
     "alpha_lm": Key("objective.lm.weight"),
     "alpha_ce": Key("objective.lm.weight"),
@@ -135,6 +160,10 @@ USUAL_KEYS = {
     "attention_layers": Key("objective.attention.num_layers"),
     "max_length": Key("data.max_length"),
     "max_seq_length": Key("data.max_length"),
+    "max_seq_len": Key("data.max_length"),
+    "seq_length": Key("data.max_length"),
+    "sequence_len": Key("data.max_length"),
+    "cutoff_len": Key("data.max_length"),
     "max_prompt_length": Key("data.max_prompt_length"),
     "train_file": Key("data.train"),
     "train_data": Key("data.train"),
@@ -146,8 +175,10 @@ USUAL_KEYS = {
     "early_stopping_patience": Key(_PATIENCE, _by_itself),
     "save_steps": Key("checkpoint.every_steps", _never),
     "seed": Key("seed"),
+    **LAUNCHED,
 }
-"""Of HF's Trainer, TRL, and the student-aware trainer of the post-mortems."""
+"""Of HF's Trainer, TRL, axolotl, LLaMA-Factory, torchtune, Lightning, Megatron, and the student-aware trainer of the
+post-mortems."""
 
 _HF_MARKS = ("per_device_train_batch_size", "num_train_epochs", "lr_scheduler_type")
 _HF_SEED = 42
@@ -183,6 +214,7 @@ DISTILLM_KEYS = {
     "gen_top_p": Key("rollout.top_p"),
     "temperature": Key("evaluation.sampling_temperature"),
     "seed": Key("seed"),
+    **LAUNCHED,
 }
 """Of DistiLLM; dashes of its flags are underscores here. An interval of -1 is once an epoch there."""
 DISTILLM_MARKS = ("warmup_iters", "loss_eps", "init_threshold", "skew_alpha", "student_gen")
@@ -220,8 +252,9 @@ class Translation:
 
 def is_distillm(given: Mapping[str, Value]) -> bool:
     """Whether these are DistiLLM's arguments, rather than another trainer's."""
-    is_marked = any(mark in given for mark in DISTILLM_MARKS) or any(part in _DISTILLM_LOSSES for part in _type(given))
-    return is_marked and not any(name.startswith("alpha_") for name in given)
+    names_loss = any(part in _DISTILLM_LOSSES for part in _type(given))
+    has_mark = names_loss or any(mark in given for mark in DISTILLM_MARKS)
+    return has_mark and not any(name.startswith("alpha_") for name in given)
 
 
 def _type(given: Mapping[str, Value]) -> list[str]:
@@ -244,7 +277,7 @@ def translate(given: Mapping[str, Value]) -> Translation:
         given = _as_hf_reads(given)
     for name, value in given.items():
         key = keys.get(name)
-        if key is None or (value is None and key.read is not _never):
+        if key is None:
             continue
         try:
             stated[key.field] = key.read(value)
@@ -322,7 +355,7 @@ def _build(part: type[BaseModel], tree: Mapping[str, Any], where: str, refused: 
             given[name] = TypeAdapter(kind).validate_python(value)
         except ValidationError as error:
             reason = error.errors()[0]
-            is_unknown = reason["type"] == "literal_error" or (isinstance(value, str) and "$" in value)
+            is_unknown = reason["type"] == "literal_error" or "$" in str(value)  # a variable of the shell
             refused.append(f"{where}{name}={value!r}" + ("?" if is_unknown else f": {reason['msg']}"))
     return part.model_construct(**given)
 

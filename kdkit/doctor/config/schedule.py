@@ -50,9 +50,10 @@ def check_schedule_length(stage: Stage) -> Iterator[Observation]:
     if due is None:
         raise NotApplicable("the number of training rows: give --rows")
     if optim.max_steps > LONGER_SCHEDULE * due:
+        shared = f" on each of {stage.processes} cards" if stage.processes != 1 else ""
         yield fail(
             f"the schedule has {optim.max_steps:,} steps, the optimizer {due:,}: {optim.epochs:g} epochs in batches of "
-            f"{optim.batch_size}, {optim.accumulation} to a step",
+            f"{optim.batch_size}{shared}, {optim.accumulation} to a step",
             **{"optim.max_steps": due},
         )
 

@@ -1,5 +1,6 @@
 """What the checks of a config look at: one stage of a run, its models, rows and card, each read when asked for."""
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -232,6 +233,7 @@ class Stage:
         """
         steps = self.num_steps_if_known
         if steps is None:
+            self.needs("optim.epochs", "optim.batch_size", "optim.accumulation")
             raise NotApplicable("the number of training rows: give --rows")
         return steps
 
@@ -249,11 +251,22 @@ class Stage:
         """Optimizer steps of all epochs, whatever max_steps says; None where rows, epochs or batches are not known."""
         if not self.knows("optim.epochs", "optim.batch_size", "optim.accumulation"):
             return None
-        optim = self.config.optim.model_copy(update={"max_steps": None})
+        processes = self.processes
+        if processes is None:
+            return None
+        batch_size = self.config.optim.batch_size * processes
+        optim = self.config.optim.model_copy(update={"max_steps": None, "batch_size": batch_size})
         limit, rows = self.config.data.train_rows, self.around.num_rows
         if rows is None:
             return count_steps(self.config.model_copy(update={"optim": optim}))
         return optim.num_steps(rows if limit is None else min(rows, limit))
+
+    @property
+    def processes(self) -> int | None:
+        """That share the rows, as another trainer's launcher says; None where it says no number."""
+        given = [(self.stated or {}).get(field, 1) for field in ("processes", "nodes")]
+        counts = [count for count in given if isinstance(count, int) and count > 0]
+        return math.prod(counts) if len(counts) == len(given) else None
 
     @property
     def warmup_steps(self) -> int:

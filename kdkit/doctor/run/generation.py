@@ -12,6 +12,8 @@ ROUGE_FRACTION = 0.8
 """Of the best ROUGE-L so far; two evaluations in a row below it are a fall."""
 ROUGE_LOST_FRACTION = 0.5
 """Below this one evaluation is enough."""
+ROUGE_DEVIATION = 30.0
+"""Points of ROUGE-L by which answers differ from each other: a mean of n moves by this over the root of n."""
 LEAST_ROUGE = 5.0
 """Points of ROUGE-L below which a fall says nothing."""
 WORSE_FRACTION = 0.9
@@ -36,6 +38,8 @@ def check_rouge(trace: Trace) -> Iterator[Observation]:
     best = np.maximum.accumulate(rouge.values) if len(rouge) else rouge.values
     low = (rouge.values < ROUGE_FRACTION * best) & (best >= LEAST_ROUGE)
     lost = (rouge.values < ROUGE_LOST_FRACTION * best) & (best >= LEAST_ROUGE)
+    is_more_than_noise = best - rouge.values > _noise(trace, rouge.steps)
+    low, lost = low & is_more_than_noise, lost & is_more_than_noise
     fallen = lost | (low & np.roll(low, 1) & (np.arange(len(low)) > 0))
     if fallen.any():
         at = int(np.argmax(fallen))
@@ -44,6 +48,14 @@ def check_rouge(trace: Trace) -> Iterator[Observation]:
             f"ROUGE-L {rouge.values[top]:.4g} at step {rouge.steps[top]}, {rouge.values[at]:.4g} at step "
             f"{rouge.steps[at]}{_threshold_rise(trace, int(rouge.steps[top]), int(rouge.steps[at]))}"
         )
+
+
+def _noise(trace: Trace, steps: np.ndarray) -> np.ndarray:
+    """What chance may move a mean by, in points; 0 where nobody says of how many answers it is."""
+    answers = trace.evals.get("num_answers")
+    if answers is None:
+        return np.zeros(len(steps))
+    return ROUGE_DEVIATION / np.sqrt(np.maximum(np.interp(steps, answers.steps, answers.values), 1))
 
 
 def _threshold_rise(trace: Trace, since: int, until: int) -> str:

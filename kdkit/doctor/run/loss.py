@@ -33,6 +33,10 @@ GRADIENT_RATIO = 100.0
 CLIPPED_RATIO = 10.0
 """Of the gradient norm to the limit: where nine tenths of every step are cut, the learning rate means nothing."""
 LEAST_NORMS = 8
+LEAST_BROKEN_ROWS = 3
+"""At the end of a log: a loss scaler skips single steps of infinite gradients, and goes on."""
+LEAST_LOSS_BEFORE = 0.1
+"""Of a row, that no next one falls from to 0 by learning."""
 
 
 def check_nonfinite(trace: Trace) -> Iterator[Observation]:
@@ -48,6 +52,24 @@ def check_nonfinite(trace: Trace) -> Iterator[Observation]:
             yield fail(
                 f"{name} is no number at {len(broken)} log rows, first at step {step}{alone}{_before(trace, step)}"
             )
+    if "loss" in trace.train and np.isfinite(trace.train["loss"].values).all():
+        yield from _hidden_nonfinite(trace)
+
+
+def _hidden_nonfinite(trace: Trace) -> Iterator[Observation]:
+    """What a trainer shows that leaves NaN out of its mean: a loss of 0, and gradients that stay no number."""
+    for name in ("loss", "grad_norm"):
+        series = trace.train.get(name)
+        values = np.empty(0) if series is None else series.values
+        sound = np.flatnonzero(values != 0 if name == "loss" else np.isfinite(values))
+        first = int(sound[-1]) + 1 if len(sound) else 0
+        if series is None or not first or len(values) - first < LEAST_BROKEN_ROWS:
+            continue
+        if name == "loss" and values[first - 1] <= LEAST_LOSS_BEFORE:
+            continue
+        step, what = int(series.steps[first]), "exactly 0" if name == "loss" else "no number"
+        rows = f"at each of the last {len(values) - first} log rows, from step {step} on"
+        yield fail(f"{name} is {what} {rows}{_before(trace, step)}")
 
 
 def _after(trace: Trace, step: int | None) -> str:
