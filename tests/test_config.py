@@ -208,3 +208,20 @@ class TestTeacherDevice:
     def test_anything_else_is_refused_with_what_is_allowed(self, device):
         with pytest.raises(UserError, match=r"teacher\.device: allowed: auto, cpu, offload, cuda"):
             load_config("demo", ["preset=[demo, fkl]", f"teacher.device='{device}'"])
+
+
+class TestStagesOfPresets:
+    """A file's stages over those of a preset."""
+
+    @pytest.mark.parametrize(
+        ("above", "order"),
+        [
+            ("distill", ["warm_start", "distill"]),
+            ("first, distill", ["warm_start", "first", "distill"]),
+            ("first, warm_start", ["first", "warm_start", "distill"]),
+            ("distill, last", ["warm_start", "distill", "last"]),
+        ],
+    )
+    def test_a_new_one_stands_ahead_of_the_one_it_is_written_ahead_of(self, above: str, order: list[str]) -> None:
+        stages = {name: {} for name in above.split(", ")}
+        assert list(load_config({"preset": ["demo", "srkl"], "stages": stages}).stages) == order

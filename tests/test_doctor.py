@@ -30,7 +30,7 @@ FAULTS = {
         "KD204": "perplexity 485165195.41 = e^20 at 3 of 3 evaluations",
         "KD206": "the rest of the loss stayed finite (21.66 at step 2999), so that the logits did not overflow",
         "KD207": "hidden: 40.79 to 40.79",
-        "KD209": "loss 21.547 in the first quarter of the log, 21.166 in the last",
+        "KD209": "21.547 in the first quarter of the log, 21.166 in the last",
         "KD211": "98% of the memory in use",
         "KD220": "evaluation loss 101.4 at step 3000, its terms times their weights make 18.928",
     },
@@ -57,7 +57,7 @@ FAULTS = {
         "KD204": "perplexity 485165195.41 = e^20",
         "KD206": "lm_loss produced non-finite value (nan); clamping to zero., and was replaced by 0",
         "KD207": "kd: 28.61 to 38.35",
-        "KD209": "loss 28.19 in the first quarter of the log, 28.34 in the last",
+        "KD209": "28.19 in the first quarter of the log, 28.34 in the last",
         "KD221": "19.97 at step 500, 28.34 at step 600",
     },
 }

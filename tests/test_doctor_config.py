@@ -97,6 +97,8 @@ class TestFaults:
             ("KD102", "warn", ["optim.warmup_steps=60"]),
             ("KD102", "warn", ["optim.warmup_fraction=0"]),
             ("KD102", "warn", ["optim.scheduler=constant"]),
+            ("KD126", "warn", ["optim.learning_rate=0.03"]),
+            ("KD126", "fail", ["optim.learning_rate=0.9"]),
             ("KD104", "warn", ["objective.kd.weight=30"]),
             ("KD104", "warn", ["objective.lm.weight=0.001"]),
             ("KD105", "warn", ["objective.kd.temperature=3"]),
@@ -287,7 +289,7 @@ class TestOtherTrainers:
         found(written(tmp_path, text, "other.yaml"))
 
     def test_a_type_of_optimizer_is_none_of_distillm(self, tmp_path: Path) -> None:
-        assert found(written(tmp_path, {"optimizer": {"type": "AdamW"}, "lr": 0.1})) == {"KD125": "warn"}
+        assert found(written(tmp_path, {"optimizer": {"type": "AdamW"}, "lr": 0.001})) == {"KD125": "warn"}
 
     def test_padding_that_is_the_end_of_text(self, tmp_path: Path) -> None:
         from transformers import AutoTokenizer
@@ -494,6 +496,24 @@ stages:
         fixed = fix_config("demo", ["objective.kd.loss=reverse_kl"], card=T4)
         assert list(load_config(yaml.safe_load(fixed.text)).stages) == ["warm_start", "distill"]
         assert fixed.diagnosis.findings == []
+
+    def test_a_warm_start_comes_first_before_the_stages_of_a_preset_too(self, tmp_path: Path) -> None:
+        """It was merged behind them, and the fixes undid each other."""
+        text = "preset: [demo, srkl]\nstages:\n  # mine\n  warm_start: {objective: {kd: {weight: 1.0}}}  # why\n"
+        fixed = fix_config(str(written(tmp_path, text, "mine.yaml")), card=T4)
+        assert list(load_config(yaml.safe_load(fixed.text)).stages) == ["warm_start_first", "warm_start", "distill"]
+        assert fixed.diagnosis.findings == []
+        assert "# why" in fixed.text
+
+    @pytest.mark.parametrize("name", ["results/gpt2/train/init/gpt2-base", "gpt2-dolly-sft", "SmolLM2-135M-Instruct"])
+    def test_a_student_that_was_tuned_needs_no_warm_start(self, tmp_path: Path, name: str) -> None:
+        script = SEED_000 + f'OPTS+=" --model-path {name}"\n'
+        assert "KD107" not in found(written(tmp_path, script, "train.sh"))
+
+    def test_bfloat16_of_another_trainer_on_a_card_that_nobody_named(self, tmp_path: Path) -> None:
+        path = written(tmp_path, {"bf16": True, "learning_rate": 1e-4, "seed": 1})
+        assert found(path, card=None) == {}
+        assert found(path) == {"KD111": "warn"}
 
     @settings(max_examples=20, deadline=None, derandomize=True)
     @given(st.data())

@@ -154,10 +154,21 @@ def _merge_into(below: Tree, above: Mapping[str, JsonValue]) -> None:
     """Lay one tree over another: mappings merge, anything else replaces."""
     for key, value in above.items():
         held = below.get(key)
+        if key == "stages" and isinstance(held, dict) and isinstance(value, dict):
+            below[key] = held = {name: held.get(name, {}) for name in _stage_order(list(held), list(value))}
         if isinstance(held, dict) and isinstance(value, dict) and not is_schedule(held, value):
             _merge_into(held, value)
         else:
             below[key] = value
+
+
+def _stage_order(below: list[str], above: list[str]) -> list[str]:
+    """Of all stages: as below, each that is new above ahead of the one it stands ahead of there, else at the end."""
+    order = list(below)
+    for name, after in reversed(list(zip(above, [*above[1:], None], strict=True))):
+        if name not in order:
+            order.insert(order.index(after) if after is not None else len(order), name)
+    return order
 
 
 def is_schedule(held: Mapping[str, JsonValue], value: Mapping[str, JsonValue]) -> bool:

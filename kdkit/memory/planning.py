@@ -119,13 +119,13 @@ def are_other_tokenizers(*widths: int) -> bool:
 
 def count_steps(config: DistillConfig) -> int | None:
     """Optimizer steps of a stage on one card; None where they hang on rows that are not here."""
-    rows = _count_rows(config.data.train, config.data.train_rows)
+    rows = count_rows(config.data.train, config.data.train_rows)
     if rows is None:
         return config.optim.max_steps
     return config.optim.num_steps(rows)
 
 
-def _count_rows(source: str, limit: int | None) -> int | None:
+def count_rows(source: str, limit: int | None) -> int | None:
     """Rows of a JSONL file, as many as are used at most; None for what would have to be opened."""
     file = Path(source)
     if file.suffix != ".jsonl" or not file.is_file():

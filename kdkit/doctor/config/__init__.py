@@ -13,7 +13,7 @@ from kdkit.doctor.config.subject import Readings, Stage, Surroundings, stages_in
 from kdkit.doctor.config.values import CHECKS as VALUE_CHECKS
 from kdkit.doctor.findings import Check, Diagnosis, Finding, Value, examine
 from kdkit.errors import UserError
-from kdkit.memory.cards import Card
+from kdkit.memory.cards import CARDS, Card
 
 MOST_ROUNDS = 10
 """Of a fix: one change can bring out what another check then sees."""
@@ -64,14 +64,14 @@ class Fixed:
 
 
 def diagnose_config(
-    source: str, overrides: Iterable[str] = (), *, card: Card, num_rows: int | None = None
+    source: str, overrides: Iterable[str] = (), *, card: Card | None = None, num_rows: int | None = None
 ) -> Diagnosis:
     """What a config gets wrong.
 
     Args:
         source: as `read_document`.
         overrides: as `read_document`.
-        card: on which it is to run.
+        card: on which it is to run; None takes a T4, and asks other trainers' files nothing of a card.
         num_rows: training rows, where they are not to be counted here.
     Returns:
         `Diagnosis`, failures first; the patches hold whole paths, as `--set` takes them, or another trainer's names.
@@ -82,7 +82,9 @@ def diagnose_config(
     return _in_its_words(_diagnose(document, card, num_rows, Readings()), document)
 
 
-def fix_config(source: str, overrides: Iterable[str] = (), *, card: Card, num_rows: int | None = None) -> Fixed:
+def fix_config(
+    source: str, overrides: Iterable[str] = (), *, card: Card | None = None, num_rows: int | None = None
+) -> Fixed:
     """The config with every patch applied, and those that it then needs.
 
     Args, raises: as `diagnose_config`.
@@ -117,9 +119,10 @@ def _difference(given: Document, fixed: Document) -> str:
     return "".join(difflib.unified_diff(before, after, fromfile=given.source, tofile="fixed"))
 
 
-def _diagnose(document: Document, card: Card, num_rows: int | None, readings: Readings) -> Diagnosis:
+def _diagnose(document: Document, card: Card | None, num_rows: int | None, readings: Readings) -> Diagnosis:
     translation = document.translation
-    stages = stages_in(Surroundings(document.config, card, num_rows, readings), translation)
+    around = Surroundings(document.config, card or CARDS["t4"], card is None, num_rows, readings)
+    stages = stages_in(around, translation)
     diagnosis = examine(document.source, stages, CONFIG_CHECKS)
     if translation is not None:
         return diagnosis

@@ -7,7 +7,7 @@ from pathlib import Path
 from kdkit.doctor.config import Fixed, diagnose_config, fix_config
 from kdkit.doctor.findings import Diagnosis
 from kdkit.files import write_whole
-from kdkit.memory.cards import choose_card
+from kdkit.memory.cards import card_here, choose_card
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ def answer_config(source: str, request: ConfigRequest) -> tuple[Diagnosis, Fixed
     Raises:
         UserError: as `diagnose_config`; nothing is written then.
     """
-    card = choose_card(request.gpu, request.budget_gib)
+    is_named = request.gpu is not None or request.budget_gib is not None
+    card = choose_card(request.gpu, request.budget_gib) if is_named else card_here()
     if request.output is None:
         return diagnose_config(source, request.overrides, card=card, num_rows=request.num_rows), None
     fixed = fix_config(source, request.overrides, card=card, num_rows=request.num_rows)

@@ -141,11 +141,27 @@ class OwnDocument:
         """With other values, each at its dotted path."""
         document = self
         for field, value in patch.items():
+            if field == "stages" and isinstance(value, Mapping):
+                document = document._with_stages(value)
+                continue
             tree: Any = value
             for name in reversed(field.split(".")):
                 tree = {name: tree}
             document = document.merged(tree, whole=field)
         return document
+
+    def _with_stages(self, stages: Mapping[str, Value]) -> "OwnDocument":
+        """With stages that are new; the others stay as they are written, here or in a preset."""
+        there = self.config.stages
+
+        def edit(tree: Any) -> None:
+            held = tree.get("stages") or type(tree)()
+            tree["stages"] = held
+            for place, (name, overrides) in enumerate(stages.items()):
+                if name not in held:
+                    _insert(held, place, name, {} if name in there else _quoted(overrides))
+
+        return replace(self, text=_edited(self.source, self.text, edit))
 
     def in_its_words(self, patch: Mapping[str, Value]) -> Mapping[str, Value]:
         """The paths of kdkit's fields."""
@@ -167,6 +183,18 @@ def _lay_over(below: Any, above: Mapping[str, Any], whole: list[str]) -> None:
             _lay_over(held, value, whole[1:] if whole[:1] == [key] else [])
         else:
             below[key] = _quoted(value)
+
+
+def _insert(mapping: Any, place: int, name: str, value: Any) -> None:
+    """At a place among the keys, of ruamel's mappings, which hold comments, or of plain ones."""
+    from ruamel.yaml.comments import CommentedMap
+
+    if isinstance(mapping, CommentedMap):
+        mapping.insert(place, name, value)
+        return
+    items = list(mapping.items())
+    mapping.clear()
+    mapping.update([*items[:place], (name, value), *items[place:]])
 
 
 def _quoted(value: Any) -> Any:

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 
 from kdkit.doctor.config.subject import Stage
 from kdkit.doctor.findings import Check, NotApplicable, Observation, warn
+from kdkit.doctor.run.machine import SESSION_HOURS
 from kdkit.doctor.sources import POST_MORTEMS
+from kdkit.memory.planning import count_rows
 
 USUAL_EVALUATIONS = 10
 """Of a stage."""
@@ -16,8 +18,6 @@ LEAST_ANSWERS = 30
 """Below which a ROUGE-L moves by several points from one draw of rows to another."""
 PATIENT_FRACTION = 0.1
 """Of the steps, in which a stage may stand still."""
-SESSION_HOURS = 12.0
-"""Of a Kaggle session."""
 LONG_HOURS = 0.5
 """After which a lost run is a loss."""
 CHECKPOINT_MINUTES = 10.0
@@ -63,9 +63,12 @@ def check_cost(stage: Stage) -> Iterator[Observation]:
         yield warn(f"{times:,} evaluations in {steps:,} steps", **{"evaluation.every_steps": _tenth(steps)})
         return
     stage.needs("evaluation.generate_rows", "evaluation.max_new_tokens", "data.max_length")
-    if evaluation.generate_rows is None:
-        raise NotApplicable("evaluation.generate_rows as a number")
-    written = times * evaluation.generate_rows * evaluation.max_new_tokens
+    answers = evaluation.generate_rows
+    if answers is None:
+        answers = count_rows(data.validation, data.validation_rows)
+    if answers is None:
+        raise NotApplicable("the number of validation rows")
+    written = times * answers * evaluation.max_new_tokens
     read = steps * optim.batch_size * optim.accumulation * data.max_length
     if written > MOST_GENERATED * read:
         yield warn(
@@ -80,8 +83,7 @@ def _cheaper(stage: Stage, *, affordable_rows: int) -> dict[str, int]:
     if evaluation.every_steps < rarest:
         return {"evaluation.every_steps": rarest}
     rows = affordable_rows // (stage.num_steps // evaluation.every_steps)
-    assert evaluation.generate_rows is not None
-    return {"evaluation.generate_rows": rows} if LEAST_ANSWERS <= rows < evaluation.generate_rows else {}
+    return {"evaluation.generate_rows": rows} if rows >= LEAST_ANSWERS else {}
 
 
 def check_patience(stage: Stage) -> Iterator[Observation]:

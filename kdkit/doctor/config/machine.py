@@ -9,7 +9,7 @@ from kdkit.doctor.sources import POST_MORTEMS
 from kdkit.memory.cards import Card
 from kdkit.runtime import BF16_CAPABILITY, FULL_FRACTION, INT8_CAPABILITY
 
-FLASH_CAPABILITY = (8, 0)
+FLASH_CAPABILITIES = {"flash_attention_2": (8, 0), "flash_attention_3": (9, 0)}
 _OWN_CHOICE = "the model's own choice"
 
 
@@ -23,7 +23,8 @@ def check_memory(stage: Stage) -> Iterator[Observation]:
     patch: dict[str, Value] = {}
     price = ", and no settings fit"
     with suppress(NotApplicable):
-        patch = dict(around.fit.changes)
+        changes = around.fit.changes
+        patch = {} if "teacher.cache" in changes else dict(changes)  # a cache has to be made first
         price = f"; what fits costs: {'; '.join(around.fit.given_up)}" if around.fit.given_up else ""
     yield fail(
         f"stage {around.plan.stage} is planned to take {plan.used_fraction:.0%} of the {card.memory_gib:g} GiB of a "
@@ -35,12 +36,13 @@ def check_memory(stage: Stage) -> Iterator[Observation]:
 def check_dtypes(stage: Stage) -> Iterator[Observation]:
     """What the card cannot compute in, and two dtypes that meet."""
     config, card = stage.config, stage.around.card
+    is_card_known = not (stage.is_foreign and stage.around.is_card_assumed)
     for field, value in (
         ("teacher.dtype", config.teacher.dtype),
         ("optim.precision", config.optim.precision),
         ("student.lora.base_dtype", config.student.lora.base_dtype if config.student.lora else "auto"),
     ):
-        if value == "bfloat16" and card.capability < BF16_CAPABILITY and stage.knows(field):
+        if value == "bfloat16" and card.capability < BF16_CAPABILITY and stage.knows(field) and is_card_known:
             yield warn(f"{field}=bfloat16 on a {card.name}, which only emulates it, slowly", **{field: "auto"})
     if stage.stated is not None:
         if stage.stated.get("student.dtype") == "float16" and config.optim.precision == "float16":
@@ -68,8 +70,8 @@ def check_kernels(stage: Stage) -> Iterator[Observation]:
                 f"objective.attention compares maps, and {side}.attention is {attention or _OWN_CHOICE}",
                 **{f"{side}.attention": "eager"},
             )
-        elif (attention or "").startswith("flash_attention") and card.capability < FLASH_CAPABILITY:
-            yield fail(_lacks(f"{side}.attention={attention}", card, FLASH_CAPABILITY), **{f"{side}.attention": "sdpa"})
+        elif card.capability < (needed := FLASH_CAPABILITIES.get(attention or "", (0, 0))):
+            yield fail(_lacks(f"{side}.attention={attention}", card, needed), **{f"{side}.attention": "sdpa"})
 
 
 def _lacks(setting: str, card: Card, needed: tuple[int, int]) -> str:

@@ -1,5 +1,6 @@
 """Checks of the two models against each other: tokenizers, chat templates, depth, experts."""
 
+import re
 from collections.abc import Iterator
 
 from kdkit.config.objective import TERM_NAMES
@@ -37,6 +38,10 @@ def check_padding(stage: Stage) -> Iterator[Observation]:
         yield warn(f"the student pads with its end-of-text token {tokenizer.eos_token}")
 
 
+_CHATS = re.compile(r"instruct|chat|-it\b", re.IGNORECASE)
+"""Names of models that were tuned on chats; base models bring a chat template along too."""
+
+
 def check_chat_template(stage: Stage) -> Iterator[Observation]:
     """A chat template where none is, or none where both models have one."""
     stage.needs_models()
@@ -52,7 +57,7 @@ def check_chat_template(stage: Stage) -> Iterator[Observation]:
     ]
     if template == "chat" and without:
         yield fail(f"data.template chat, and the {' and the '.join(without)} has none", **{"data.template": "alpaca"})
-    elif template != "chat" and not without:
+    elif template != "chat" and not without and _CHATS.search(stage.config.student.path):
         name = template if len(template) < 20 else "of its own"
         yield warn(f"data.template {name}, and both models have a chat template", **{"data.template": "chat"})
 

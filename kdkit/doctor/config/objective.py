@@ -1,5 +1,6 @@
 """Checks of what is minimised: weights, temperature, K, and what a divergence presupposes."""
 
+import re
 from collections.abc import Iterator
 
 from kdkit.config.objective import TERM_NAMES
@@ -17,6 +18,8 @@ USUAL_TEMPERATURE = 2.0
 LEAST_TOP_K = 16
 USUAL_TOP_K = 256
 MODE_SEEKING = ("reverse_kl", "skew_reverse_kl")
+_TUNED = re.compile(r"sft|init(?!ial)|instruct|chat|fine-?tun|warm", re.IGNORECASE)
+"""Names of students that were tuned before: DistiLLM's own scripts begin with results/.../init or sft."""
 WARM_START: dict[str, Value] = {
     "objective": {"kd": {"weight": 0.0}, "lm": {"weight": 1.0}, "dtw": {"weight": 0.0}},
     "rollout": {"mode": "off"},
@@ -106,8 +109,10 @@ def check_warm_start(stage: Stage) -> Iterator[Observation]:
     kd, is_on = config.objective.kd, config.rollout.is_on and stage.knows("rollout.mode")
     if stage.earlier or not (is_on or (kd.loss in MODE_SEEKING and kd.weight.largest > 0)):
         return
-    if is_on and config.rollout.gate is not None and not config.student.from_scratch:
-        return  # nothing is generated before the student has shown what it can
+    if not config.student.from_scratch:
+        is_on = is_on and config.rollout.gate is None  # else nothing is generated before the student can answer
+        if _TUNED.search(config.student.path) or not (is_on or kd.loss in MODE_SEEKING):
+            return
     start = "random weights" if config.student.from_scratch else "a student that no earlier stage has tuned"
     what = f"rollout.mode {config.rollout.mode}" if is_on else f"objective.kd.loss {kd.loss}"
     evidence = f"{what} from the first step, on {start}"

@@ -9,6 +9,11 @@ from kdkit.doctor.sources import POST_MORTEMS
 WARMUP_FRACTION = 0.1
 """What a fix sets. 0.1 to 0.15 is usual."""
 MOST_WARMUP_FRACTION = 0.2
+HIGHEST_RATE = 0.02
+"""Of AdamW, which moves each weight by about so much a step; small students from random weights bear 0.01."""
+RUINOUS_RATE = 0.1
+USUAL_RATE = 5e-4
+"""Of DistiLLM for GPT-2 0.1B."""
 LONGER_SCHEDULE = 1.05
 """Schedule to optimizer steps; a rest of the rows may make a step more or less."""
 
@@ -58,6 +63,15 @@ def check_schedule_length(stage: Stage) -> Iterator[Observation]:
         )
 
 
+def check_learning_rate(stage: Stage) -> Iterator[Observation]:
+    """A peak that no AdamW survives."""
+    stage.needs("optim.learning_rate")
+    rate = stage.config.optim.learning_rate
+    if rate >= HIGHEST_RATE:
+        say = fail if rate >= RUINOUS_RATE else warn
+        yield say(f"optim.learning_rate={rate:g}", **{"optim.learning_rate": USUAL_RATE})
+
+
 CHECKS = (
     Check(
         "KD102",
@@ -78,5 +92,15 @@ CHECKS = (
         "Give the schedule rows x epochs / (batch x accumulation) steps.",
         POST_MORTEMS,
         check_schedule_length,
+    ),
+    Check(
+        "KD126",
+        "learning rate",
+        "a peak of 0.02 and more",
+        "AdamW moves each weight by about the learning rate at every step, whatever the size of its gradient: weights "
+        "are some hundredths large, and gone after a few steps.",
+        "Take 1e-4 to 1e-3 for a pretrained student, up to 1e-2 for a small one from random weights.",
+        "Kingma and Ba 2015, arXiv:1412.6980, section 2.1",
+        check_learning_rate,
     ),
 )

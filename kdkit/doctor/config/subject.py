@@ -66,6 +66,8 @@ class Surroundings:
 
     config: DistillConfig
     card: Card
+    is_card_assumed: bool = False
+    """Whether nobody named it."""
     num_rows: int | None = None
     """Training rows, where they are not to be counted here."""
     readings: Readings = field(default_factory=Readings)

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from kdkit.doctor.findings import Check, NotApplicable, Observation, fail
+from kdkit.doctor.findings import Check, NotApplicable, Observation, fail, warn
 from kdkit.doctor.sources import POST_MORTEMS
 from kdkit.doctor.trace import Series, Trace
 
@@ -105,13 +105,13 @@ PERPLEXITY_CAP = Check(
 def check_perplexity(trace: Trace) -> Iterator[Observation]:
     """Perplexity and cross-entropy disagree."""
     perplexity, entropy = trace.evaluated("perplexity"), trace.evaluated("cross_entropy")
-    if len(perplexity) != len(entropy):
-        raise NotApplicable("a perplexity for each cross-entropy")
-    known = np.isfinite(perplexity.values) & (perplexity.values > 0) & np.isfinite(entropy.values)
-    given, due = np.log(perplexity.values[known]), entropy.values[known]
+    steps, of_perplexity, of_entropy = np.intersect1d(perplexity.steps, entropy.steps, return_indices=True)
+    given, due = perplexity.values[of_perplexity], entropy.values[of_entropy]
+    known = np.isfinite(given) & (given > 0) & np.isfinite(due)
+    given, due = np.log(given[known]), due[known]
     wrong = np.flatnonzero(np.abs(given - due) > 0.01 * np.maximum(due, 1))
     if len(wrong):
-        step = entropy.steps[known][wrong[0]]
+        step = steps[known][wrong[0]]
         yield fail(
             f"step {step}: log of the perplexity {given[wrong[0]]:.4g}, cross-entropy {due[wrong[0]]:.4g}; they "
             f"differ at {len(wrong)} of {len(due)} evaluations"
@@ -140,7 +140,7 @@ def check_same_objective(trace: Trace) -> Iterator[Observation]:
     nearest = int(np.argmin(np.abs(train.steps - evals.steps[0])))
     seen, due = float(evals.values[0]), float(train.values[nearest])
     if due > 0 and seen > EVALUATION_RATIO * due:
-        yield fail(
+        yield warn(
             f"evaluation loss {seen:.5g} at step {evals.steps[0]}, training's {due:.5g} at step "
             f"{train.steps[nearest]}, where {', '.join(off)} have the weight 0"
         )

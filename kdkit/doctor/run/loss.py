@@ -173,8 +173,13 @@ def check_learning(trace: Trace) -> Iterator[Observation]:
     """The loss stays where it began."""
     loss = _comparable_losses(trace)
     start, end = _quarters(loss)
-    if start > 1 and abs(end - start) < STILL_FRACTION * start:
-        yield warn(f"loss {start:.5g} in the first quarter of the log, {end:.5g} in the last, step {loss.steps[-1]}")
+    first = float(loss.values[0])
+    level = min(start, first)  # a spike at the start is no level to fall from
+    if level > 1 and (1 - STILL_FRACTION) * level < end < (1 + STILL_FRACTION) * start:
+        yield warn(
+            f"loss {first:.5g} at first, {start:.5g} in the first quarter of the log, {end:.5g} in the last, step "
+            f"{loss.steps[-1]}"
+        )
 
 
 LEARNING = Check(
@@ -213,9 +218,10 @@ OSCILLATION = Check(
     "KD221",
     "loss oscillates",
     "28, 22, 28, 28, 22, 20, 28 at rows 100 steps apart",
-    "Each row shows one micro-batch, not the mean since the last row: what is seen are the rows of the data. By itself "
-    "it says nothing of the training; a temperature of 3 does not bring it about. See whether the mean falls (KD209).",
-    "Log the mean over all micro-batches since the last row; only then judge whether the learning rate is too high.",
+    "Rows that show one micro-batch each, not the mean since the last row, show the rows of the data: by itself that "
+    "says nothing of the training. Where rows are means, as kdkit's are, the learning rate is too high. A temperature "
+    "of 3 does not bring it about.",
+    "Log the mean over all micro-batches since the last row; if it is one, lower the learning rate. See KD209 too.",
     POST_MORTEMS,
     check_oscillation,
 )
