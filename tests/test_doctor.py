@@ -429,3 +429,19 @@ class TestCommand:
         code = "import sys, kdkit.doctor; print([m for m in ('torch', 'transformers', 'pydantic') if m in sys.modules])"
         loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert loaded.stdout.strip() == "[]"
+
+
+class TestWhatWasRead:
+    def test_a_log(self, tmp_path: Path) -> None:
+        log = "".join(f"step: {step} loss: 2.5 my_figure: 3\n" for step in (10, 20)) + "step: 20 rougeL: 21.5\n"
+        path = tmp_path / "train.log"
+        path.write_text(log)
+        said = "steps 10 to 20; while training loss 2; at evaluations rouge_l 1"
+        assert diagnose_run(path).read == diagnose_run(path).as_json["read"] == said
+        assert f"read  {said}" in CliRunner().invoke(cli, ["doctor", str(path)]).output
+
+    def test_stages(self, tmp_path: Path) -> None:
+        rows = [{"kind": "train", "stage": stage, "step": 5, "loss": 1.0} for stage in ("first", "second")]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        one = "steps 5 to 5; while training loss 1"
+        assert diagnose_run(tmp_path).read == f"stage first: {one}. stage second: {one}"

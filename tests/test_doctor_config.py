@@ -217,6 +217,12 @@ class TestOtherTrainers:
         (warmup,) = (f for f in diagnose_config(str(path), card=T4).findings if f.code == "KD102")
         assert warmup.evidence == "1,000 of 4,689 optimizer steps are warm-up, 21.3%"
 
+    def test_what_was_read_is_said(self, tmp_path: Path) -> None:
+        path = written(tmp_path, {"lr": 1e-4, "temperature": 2.0, "unknown": 3, "seed": 1})
+        read = diagnose_config(str(path), card=T4).read
+        assert read.startswith("in kdkit's terms: optim.learning_rate=0.0001, objective.kd.temperature")
+        assert "unknown" not in read
+
     def test_004(self, tmp_path: Path) -> None:
         assert found(written(tmp_path, SEED_004)) == {"KD105": "warn"}
 

@@ -3,6 +3,7 @@
 It needs neither torch nor transformers, and reads logs of other trainers too.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,4 +39,6 @@ def diagnose_run(path: Path) -> Diagnosis:
         UserError: as `read_traces`.
     """
     with np.errstate(over="ignore", invalid="ignore"):  # a log may hold any number
-        return examine(str(path), read_traces(path), RUN_CHECKS)
+        traces = read_traces(path)
+        read = ". ".join(f"stage {stage}: {trace}" if stage else str(trace) for stage, trace in traces.items())
+        return replace(examine(str(path), traces, RUN_CHECKS), read=read)

@@ -97,6 +97,8 @@ class Diagnosis:
     """Code -> what it would have needed."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Code -> name, of all that was asked."""
+    read: str = ""
+    """What of the subject was understood, for who wonders why something was not seen."""
 
     @property
     def num_failures(self) -> int:
@@ -118,6 +120,7 @@ class Diagnosis:
         """For programs."""
         return {
             "subject": self.subject,
+            "read": self.read,
             "counts": {"fail": self.num_failures, "warn": self.num_warnings, "good": len(self.passed)},
             "findings": [asdict(finding) for finding in self.findings],
             "passed": list(self.passed),

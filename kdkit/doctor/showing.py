@@ -48,6 +48,7 @@ def diagnosis_lines(diagnosis: Diagnosis, *, width: int = WIDTH, is_coloured: bo
     for findings in by_check(diagnosis.findings):
         yield from _finding_lines(findings, width, pen)
         yield ""
+    yield from _rest_lines("read", "", [diagnosis.read] if diagnosis.read else [], width, pen)
     passed = [f"{diagnosis.names.get(code, '')} ({code})".strip() for code in diagnosis.passed]
     yield from _rest_lines("good", "looked for and not seen: ", passed, width, pen)
     missing = [f"{reason} ({', '.join(codes)})" for reason, codes in by_reason(diagnosis.skipped).items()]

@@ -121,6 +121,22 @@ class Trace:
         steps_per_epoch = float(epochs.steps[-1]) / max(float(epochs.values[-1]), 1e-6)
         return max(round(min(steps_per_epoch * self.planned.num_epochs, 2.0**53)), 1)
 
+    def __str__(self) -> str:
+        """Steps, and how often there is which figure: `steps 10 to 500; loss 50, lr 50; at evaluations rouge_l 5`."""
+        parts = [f"steps {self.first_step:,} to {self.last_step:,}"] if self.train or self.evals else []
+        for figures, when in ((self.train, "while training"), (self.evals, "at evaluations")):
+            counts = ", ".join(f"{name} {len(figures[name]):,}" for name in sorted(figures, key=_rank)[:_MOST_NAMED])
+            more = f" and {len(figures) - _MOST_NAMED} more figures" * (len(figures) > _MOST_NAMED)
+            parts += [f"{when} {counts}{more}"] if figures else []
+        parts += [f"{len(self.events)} messages"] if self.events else []
+        return "; ".join(parts)
+
+    @property
+    def first_step(self) -> int:
+        """The lowest that is named; 0 where none is."""
+        starts = [int(series.steps[0]) for figures in (self.train, self.evals) for series in figures.values()]
+        return min(starts, default=0)
+
     @property
     def last_step(self) -> int:
         """The highest that is named; 0 where none is."""
@@ -139,9 +155,18 @@ def _joined(before: Mapping[str, Series], after: Mapping[str, Series]) -> dict[s
     return joined
 
 
+_FIRST_NAMED = ("loss", "learning_rate", "rouge_l", "cross_entropy", "perplexity", "grad_norm")
+_MOST_NAMED = 6
+
+
+def _rank(name: str) -> tuple[int, str]:
+    """Figures that say most come first."""
+    return (_FIRST_NAMED.index(name) if name in _FIRST_NAMED else len(_FIRST_NAMED), name)
+
+
 def _taken(figures: Mapping[str, Series], name: str, at_least: int, when: str) -> Series:
     series = figures.get(name)
     found = 0 if series is None else len(series)
     if series is None or found < at_least:
-        raise NotApplicable(f"{at_least} values of {name} {when}, {found} found")
+        raise NotApplicable(f"{at_least} values of {name} {when}, {found} found" if found else f"{name} {when}")
     return series

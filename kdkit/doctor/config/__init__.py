@@ -125,7 +125,7 @@ def _diagnose(document: Document, card: Card | None, num_rows: int | None, readi
     stages = stages_in(around, translation)
     diagnosis = examine(document.source, stages, CONFIG_CHECKS)
     if translation is not None:
-        return diagnosis
+        return replace(diagnosis, read=translation.as_read)
     return replace(diagnosis, findings=_once(_located(diagnosis.findings, document.config)))
 
 

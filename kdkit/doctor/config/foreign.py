@@ -249,6 +249,11 @@ class Translation:
     refused: tuple[str, ...]
     """Values that no trainer can mean, in words."""
 
+    @property
+    def as_read(self) -> str:
+        """Each field as it was understood."""
+        return "in kdkit's terms: " + ", ".join(f"{field}={value}" for field, value in self.stated.items())
+
 
 def is_distillm(given: Mapping[str, Value]) -> bool:
     """Whether these are DistiLLM's arguments, rather than another trainer's."""
