@@ -24,6 +24,10 @@ import numpy as np
 from numba import njit
 from numpy.polynomial import Chebyshev, Polynomial
 
+Array = np.ndarray
+Plan = tuple[Array, Array, Array]
+"""Of each row or anti-diagonal: first and last admissible index, and a slot."""
+
 LANES = 8
 DEPTH = 16
 GUARD = 4 * LANES
@@ -58,7 +62,7 @@ def compiled(function: Callable) -> Callable:
 
 
 @njit(inline="always")
-def _diagonal_limits(a, n, m, band):
+def _diagonal_limits(a: int, n: int, m: int, band: int) -> tuple[int, int]:
     """First and last admissible row of anti-diagonal a: `kdkit.softdtw.band.band_limits`; band 0 = none."""
     first, last = max(0, a - m + 1), min(n - 1, a)
     if band > 0 and n + m > 2:
@@ -69,7 +73,7 @@ def _diagonal_limits(a, n, m, band):
 
 
 @njit(inline="always")
-def _row_limits(i, n, m, band):
+def _row_limits(i: int, n: int, m: int, band: int) -> tuple[int, int]:
     """First and last admissible column of row i."""
     first, last = 0, m - 1
     if band > 0 and n > 1:
@@ -80,7 +84,7 @@ def _row_limits(i, n, m, band):
 
 
 @njit(inline="always")
-def _power_of_two(exponent):
+def _power_of_two(exponent: np.int32) -> np.float32:
     """2^exponent for a whole number <= 0, 0 below 2^-32."""
     biased = np.int32(exponent + np.int32(127))
     biased = biased if biased > LEAST_SHARE else np.int32(0)
@@ -88,7 +92,7 @@ def _power_of_two(exponent):
 
 
 @compiled
-def count_cells(lengths_n, lengths_m, band, starts):
+def count_cells(lengths_n: Array, lengths_m: Array, band: int, starts: Array) -> None:
     """Into starts (B + 1,): where each sample's packed cells begin."""
     starts[0] = 0
     for b in range(len(lengths_n)):
@@ -104,14 +108,14 @@ def count_cells(lengths_n, lengths_m, band, starts):
         starts[b + 1] = starts[b] + count
 
 
-def num_slots(lengths_n, lengths_m, counts, keep):
+def num_slots(lengths_n: Array, lengths_m: Array, counts: Array, keep: bool) -> int:
     """Slots that each of the two shares needs for the largest sample, `counts` being the samples' cells."""
     needed = counts + LANES * (lengths_n + lengths_m) if keep else lengths_n + LANES
     return 2 * GUARD + int(needed.max(initial=0))
 
 
 @compiled
-def _plan_rows(n, m, band):
+def _plan_rows(n: int, m: int, band: int) -> Plan:
     """Of each row: first and last admissible column, and the packed slot that column 0 has or would have."""
     first, last, slot = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
     count = 0
@@ -123,7 +127,7 @@ def _plan_rows(n, m, band):
 
 
 @compiled
-def _plan_diagonals(n, m, band, keep):
+def _plan_diagonals(n: int, m: int, band: int, keep: bool) -> Plan:
     """Of each anti-diagonal: first and last admissible row, and the share slot of the first; all share one
     if they need not be kept."""
     count = n + m - 1
@@ -138,7 +142,7 @@ def _plan_diagonals(n, m, band, keep):
 
 
 @compiled
-def _skew(cost, rows, a, limits, block):
+def _skew(cost: Array, rows: Plan, a: int, limits: tuple[int, int], block: Array) -> None:
     """The costs of rows limits[0] to limits[1] on anti-diagonals a to a + DEPTH - 1, one of them a row of block."""
     first, last, _ = rows
     for i in range(limits[0], limits[1] + 1):
@@ -153,7 +157,7 @@ def _skew(cost, rows, a, limits, block):
 
 
 @compiled
-def _unskew(block, rows, a, limits, cells):
+def _unskew(block: Array, rows: Plan, a: int, limits: tuple[int, int], cells: Array) -> None:
     """The way back from block to the packed cells."""
     first, last, slot = rows
     for i in range(limits[0], limits[1] + 1):
@@ -168,7 +172,9 @@ def _unskew(block, rows, a, limits, cells):
 
 
 @compiled
-def _forward(cost, rows, diagonals, scale, share_up, share_left):
+def _forward(
+    cost: Array, rows: Plan, diagonals: Plan, scale: float, share_up: Array, share_left: Array
+) -> tuple[np.float32, np.int32, bool]:
     """Mantissa and exponent of the last cell's Z, and whether a cost did not fit the format.
 
     `scale` is log2(e) / gamma.
@@ -206,9 +212,10 @@ def _forward(cost, rows, diagonals, scale, share_up, share_left):
             z_up = mantissas[up + k] * _power_of_two(e_up - e_most)
             z_left = mantissas[left + k] * _power_of_two(e_left - e_most)
             total = z_diagonal + z_up + z_left
-            per_total = np.float32(1.0) / total
-            share_up[out + k] = z_up * per_total
-            share_left[out + k] = z_left * per_total
+            to_up, to_left = z_up / total, z_left / total
+            share_up[out + k] = to_up
+            # Where nothing comes from the third, the two must leave exactly nothing for it.
+            share_left[out + k] = to_left if z_diagonal > np.float32(0.0) else np.float32(1.0) - to_up
 
             c = costs[here + k]
             power = c * rough
@@ -232,7 +239,7 @@ def _forward(cost, rows, diagonals, scale, share_up, share_left):
 
 
 @compiled
-def _backward(rows, diagonals, share_up, share_left, cells):
+def _backward(rows: Plan, diagonals: Plan, share_up: Array, share_left: Array, cells: Array) -> None:
     """Expected alignment of a sample that some path crosses, packed."""
     first, last, slot = diagonals
     n, num_diagonals = len(rows[0]), len(first)
@@ -272,15 +279,10 @@ def _backward(rows, diagonals, share_up, share_left, cells):
 
 
 @compiled
-def solve_sample(cost, n, m, band, gamma, shares, cells):
-    """Value of one sample with n, m >= 1, and whether a cost did not fit the number format.
-
-    Args:
-        cost: (N, M) float32.
-        band: 0 = none.
-        shares: float32 workspace, twice `num_slots` long.
-        cells: packed expected alignment, written to; length 0 if not wanted.
-    """
+def _solve_sample(
+    cost: Array, n: int, m: int, band: int, gamma: float, shares: Array, cells: Array
+) -> tuple[float, bool]:
+    """Value of one sample, and whether a cost did not fit; writes the packed alignment if there is room for it."""
     rows, diagonals = _plan_rows(n, m, band), _plan_diagonals(n, m, band, len(cells) > 0)
     half = len(shares) // 2
     share_up, share_left = shares[:half], shares[half:]
@@ -299,7 +301,41 @@ def solve_sample(cost, n, m, band, gamma, shares, cells):
 
 
 @compiled
-def pack_sample(alignment, n, m, band, cells):
+def solve(
+    cost: Array,
+    lengths_n: Array,
+    lengths_m: Array,
+    band: int,
+    gamma: float,
+    starts: Array,
+    begin: int,
+    end: int,
+    shares: Array,
+    values: Array,
+    misfits: Array,
+    cells: Array,
+) -> None:
+    """Values and packed alignments of samples begin to end - 1.
+
+    Args:
+        cost: (B, N, M) float32.
+        band: 0 = none.
+        starts: of `count_cells`.
+        shares: float32 workspace, twice `num_slots` long.
+        values: (B,) float64, written to; 0 for an empty sample.
+        misfits: (B,) bool, written to: a cost was NaN, -inf or too large for the number format, and what
+            was found is nothing to go by.
+        cells: written to; length 0 if the alignment is not wanted.
+    """
+    for b in range(begin, end):
+        own = cells[starts[b] : starts[b + 1]] if len(cells) > 0 else cells
+        values[b], misfits[b] = 0.0, False
+        if starts[b + 1] > starts[b]:
+            values[b], misfits[b] = _solve_sample(cost[b], lengths_n[b], lengths_m[b], band, gamma, shares, own)
+
+
+@compiled
+def pack_sample(alignment: Array, n: int, m: int, band: int, cells: Array) -> None:
     """The admissible cells of a (N, M) alignment, packed."""
     first, last, slot = _plan_rows(n, m, band)
     for i in range(n):
@@ -308,8 +344,8 @@ def pack_sample(alignment, n, m, band, cells):
 
 
 @compiled
-def spread_sample(cells, n, m, band, factor, out):
-    """out (N, M): the packed cells times a factor; exactly 0 where a cell is 0 or not admissible."""
+def _spread_sample(cells: Array, n: int, m: int, band: int, factor: np.float32, out: Array) -> None:
+    """One sample of `spread`."""
     first, last, slot = _plan_rows(n, m, band)
     zero = np.float32(0.0)
     for i in range(n):
@@ -321,3 +357,23 @@ def spread_sample(cells, n, m, band, factor, out):
             cell = inside[k]
             target[k] = zero if cell == zero else cell * factor
     out[n:] = zero
+
+
+@compiled
+def spread(
+    cells: Array,
+    lengths_n: Array,
+    lengths_m: Array,
+    band: int,
+    factors: Array,
+    starts: Array,
+    begin: int,
+    end: int,
+    out: Array,
+) -> None:
+    """Packed cells of samples begin to end - 1 times their factor into out (B, N, M); exactly 0 where a cell is 0."""
+    for b in range(begin, end):
+        if starts[b + 1] > starts[b]:
+            _spread_sample(cells[starts[b] : starts[b + 1]], lengths_n[b], lengths_m[b], band, factors[b], out[b])
+        else:
+            out[b] = np.float32(0.0)

@@ -3,12 +3,12 @@
 import logging
 import math
 from functools import cache, partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from kdkit.softdtw import anti_diagonal, native, reference
 from kdkit.softdtw.packed import PackedAlignment, dense
@@ -142,7 +142,7 @@ class _SoftDTW(Function):
     """The gradient does not depend on what comes after, so the forward pass computes it too."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, cost: Tensor, lengths_n: Tensor, lengths_m: Tensor, solve: partial) -> Tensor:
+    def forward(ctx: Any, cost: Tensor, lengths_n: Tensor, lengths_m: Tensor, solve: partial) -> Tensor:
         """Values; the alignment is kept for the backward pass as the backend packs it."""
         value, alignment = _solved(solve, cost, lengths_n, lengths_m)
         ctx.save_for_backward(alignment.cells)
@@ -151,7 +151,7 @@ class _SoftDTW(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: BackwardCFunction, grad_value: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor, None, None, None]:
         """Alignment times the incoming gradient."""
         (cells,) = ctx.saved_tensors
         # Dividing by a length of 0 after us sends inf or NaN back: 0 mass stays gradient 0.
@@ -162,9 +162,7 @@ class _SoftDTWAndAlignment(Function):
     """As `_SoftDTW`; the alignment is laid out at once and kept that way, for it is wanted anyway."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, cost: Tensor, lengths_n: Tensor, lengths_m: Tensor, solve: partial
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, cost: Tensor, lengths_n: Tensor, lengths_m: Tensor, solve: partial) -> tuple[Tensor, Tensor]:
         """Values and alignment."""
         value, packed = _solved(solve, cost, lengths_n, lengths_m)
         alignment = packed.laid_out(len(cost))
@@ -175,9 +173,7 @@ class _SoftDTWAndAlignment(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: BackwardCFunction, grad_value: Tensor | None, _grad_alignment: None
-    ) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_value: Tensor | None, _grad_alignment: None) -> tuple[Tensor | None, None, None, None]:
         """Alignment times the incoming gradient."""
         if grad_value is None:
             return None, None, None, None

@@ -5,6 +5,7 @@ beyond the result: one float32 for each admissible cell, kept for the backward p
 for each admissible cell of the largest sample.
 """
 
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +20,8 @@ from torch import Tensor
 from kdkit.softdtw import anti_diagonal
 from kdkit.softdtw.packed import PackedAlignment
 
-PARALLEL_CELLS = 20_000
-"""With fewer admissible cells in a batch, a second thread costs more than it brings."""
+CHUNK_CELLS = 16_384
+"""What a thread takes at a time has at least about as many admissible cells: 0.1 ms of work."""
 
 
 Sizes = tuple[np.ndarray, np.ndarray, int]
@@ -59,8 +60,8 @@ def align(
     starts = np.empty(len(cost) + 1, np.int64)
     kernels.count_cells(*sizes, starts)
     cells = torch.empty(int(starts[-1]) if with_alignment else 0)
-    values, is_misfit = _solve(cost.contiguous().numpy(), sizes, starts, gamma, cells.numpy())
-    for sample in is_misfit.nonzero()[0]:
+    values, misfits = _solve(cost.contiguous().numpy(), sizes, starts, gamma, cells.numpy())
+    for sample in misfits.nonzero()[0]:
         one = slice(sample, sample + 1)
         value, alignment = anti_diagonal.align(
             cost[one], lengths_n[one], lengths_m[one], gamma=gamma, band=band, with_alignment=with_alignment
@@ -88,56 +89,49 @@ def _kernels() -> ModuleType:
 def _solve(
     cost: np.ndarray, sizes: Sizes, starts: np.ndarray, gamma: float, cells: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Values (B,) float64 and which samples did not fit the number format; writes the packed cells, if there are any."""
+    """Values (B,) float64, and which samples did not fit the number format; writes the packed cells, if any."""
     kernels = _kernels()
-    lengths_n, lengths_m, band = sizes
-    counts = np.diff(starts)
-    values, is_misfit = np.zeros(len(counts)), np.zeros(len(counts), dtype=bool)
-    num_threads = _num_threads(counts)
-    slots = kernels.num_slots(lengths_n, lengths_m, counts, len(cells) > 0)
+    chunks = _chunks(starts)
+    num_threads = min(torch.get_num_threads(), len(chunks))
+    slots = kernels.num_slots(*sizes[:2], np.diff(starts), len(cells) > 0)
     shares = torch.empty(num_threads, 2 * slots).numpy()
+    values, misfits = np.empty(len(cost)), np.empty(len(cost), dtype=bool)
 
-    def solve(sample: int, thread: int) -> None:
-        own = cells[starts[sample] : starts[sample + 1]]
-        values[sample], is_misfit[sample] = kernels.solve_sample(
-            cost[sample], lengths_n[sample], lengths_m[sample], band, gamma, shares[thread], own
-        )
+    def solve(begin: int, end: int, thread: int) -> None:
+        kernels.solve(cost, *sizes, gamma, starts, begin, end, shares[thread], values, misfits, cells)
 
-    _share_out(solve, counts, num_threads)
-    return values, is_misfit
+    _share_out(solve, chunks, num_threads)
+    return values, misfits
 
 
 def _spread(cells: Tensor, factors: Tensor, *, sizes: Sizes, starts: np.ndarray, shape: torch.Size) -> Tensor:
     """The packed cells times the factors, (B, N, M)."""
     kernels = _kernels()
-    lengths_n, lengths_m, band = sizes
-    counts = np.diff(starts)
     out = torch.empty(shape)
     packed, laid_out, factor = cells.numpy(), out.numpy(), factors.to(torch.float32).contiguous().numpy()
 
-    def spread(sample: int, thread: int) -> None:
-        own = packed[starts[sample] : starts[sample + 1]]
-        kernels.spread_sample(own, lengths_n[sample], lengths_m[sample], band, factor[sample], laid_out[sample])
+    def spread(begin: int, end: int, _thread: int) -> None:
+        kernels.spread(packed, *sizes, factor, starts, begin, end, laid_out)
 
-    out[torch.from_numpy(counts == 0)] = 0.0
-    _share_out(spread, counts, _num_threads(counts))
+    chunks = _chunks(starts)
+    _share_out(spread, chunks, min(torch.get_num_threads(), len(chunks)))
     return out
 
 
-def _num_threads(counts: np.ndarray) -> int:
-    """As many as torch has, no more than samples with cells."""
-    if counts.sum() < PARALLEL_CELLS:
-        return 1
-    return min(torch.get_num_threads(), np.count_nonzero(counts))
+def _chunks(starts: np.ndarray) -> list[tuple[int, int]]:
+    """The batch cut into ranges of samples, some for each thread, each worth a call; `starts` counts cells."""
+    num_cells = max(CHUNK_CELLS, int(starts[-1]) // (4 * torch.get_num_threads()))
+    cuts = np.searchsorted(starts[:-1], np.arange(num_cells, starts[-1], num_cells)).tolist()
+    return list(itertools.pairwise(sorted({0, *cuts, len(starts) - 1})))
 
 
-def _share_out(task: Callable[[int, int], None], counts: np.ndarray, num_threads: int) -> None:
-    """task(sample, thread) for every sample with cells, the largest first; the compiled loops leave the GIL."""
-    waiting = iter(np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].tolist())
+def _share_out(task: Callable[[int, int, int], None], chunks: list[tuple[int, int]], num_threads: int) -> None:
+    """task(begin, end, thread) for every chunk; the compiled loops run without the GIL."""
+    waiting = iter(chunks)
 
     def work(thread: int) -> None:
-        for sample in waiting:  # one iterator for all threads: each takes what is next
-            task(sample, thread)
+        for begin, end in waiting:  # one iterator for all threads: each takes what is next
+            task(begin, end, thread)
 
     helpers = [_pool(num_threads, os.getpid()).submit(work, thread) for thread in range(1, num_threads)]
     work(0)
