@@ -215,6 +215,15 @@ class TestChoice:
         assert "'torch'" in caplog.text
         assert "torch.float64" in caplog.text
 
+    def test_a_subclass_of_tensor_runs_on_torch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Marked(Tensor):
+            pass
+
+        monkeypatch.setitem(api.BACKENDS, "native", None)  # would be called in vain
+        cost = costs(2, 5, 6)
+        found = soft_dtw(cost.as_subclass(Marked), gamma=0.1)
+        assert found.tolist() == soft_dtw(cost, gamma=0.1, backend="torch").tolist()
+
     def test_asking_for_it_without_numba_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(native, "is_installed", lambda: False)
         with pytest.raises(ValueError, match=r"kdkit\[fast\]"):

@@ -211,7 +211,8 @@ def _fastest(
     with_alignment: bool,
 ) -> tuple[Tensor, Tensor | PackedAlignment | None]:
     """The backend that is the fastest for such a cost on this machine."""
-    name = _fastest_name(cost.device.type, cost.dtype)
+    # A subclass, such as a tensor without values, may have no memory for compiled loops to read.
+    name = _fastest_name(cost.device.type, cost.dtype) if type(cost) is Tensor else "torch"
     return BACKENDS[name](cost, lengths_n, lengths_m, gamma=gamma, band=band, with_alignment=with_alignment)
 
 
