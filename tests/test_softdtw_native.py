@@ -163,6 +163,15 @@ class TestNative:
         value = soft_dtw(costs(2, 64, 64).requires_grad_(), gamma=0.1, band=band, backend="native")
         assert [saved.numel() for saved in value.grad_fn.saved_tensors] == [num_cells]
 
+    def test_lengths_that_change_before_the_backward_pass_change_nothing(self) -> None:
+        cost, n, m = costs(2, 20, 30).requires_grad_(), torch.tensor([15, 20]), torch.tensor([30, 9])
+        exact = expected_alignment(cost, n, m, gamma=0.1, band=4, backend="native")
+        value = soft_dtw(cost, n, m, gamma=0.1, band=4, backend="native")
+        n.fill_(20)
+        m.fill_(30)
+        (grad,) = torch.autograd.grad(value.sum(), cost)
+        assert torch.equal(grad, exact)
+
     def test_the_value_alone_is_the_same(self) -> None:
         cost, n, m = ragged_batch(5)
         kept = soft_dtw_and_alignment(cost, n, m, gamma=0.1, band=5, backend="native")[0]

@@ -23,7 +23,6 @@ from kdkit.softdtw.packed import PackedAlignment
 CHUNK_CELLS = 16_384
 """What a thread takes at a time has at least about as many admissible cells: 0.1 ms of work."""
 
-
 Sizes = tuple[np.ndarray, np.ndarray, int]
 """Both lengths, (B,) each, and the band, 0 for none."""
 
@@ -56,7 +55,8 @@ def align(
     if cost.dtype != torch.float32 or cost.device.type != "cpu":
         return anti_diagonal.align(cost, lengths_n, lengths_m, gamma=gamma, band=band, with_alignment=with_alignment)
     kernels = _kernels()
-    sizes = lengths_n.numpy(), lengths_m.numpy(), band or 0
+    # Copies: the backward pass reads them again, and the caller may have changed his by then.
+    sizes = lengths_n.numpy().copy(), lengths_m.numpy().copy(), band or 0
     starts = np.empty(len(cost) + 1, np.int64)
     kernels.count_cells(*sizes, starts)
     cells = torch.empty(int(starts[-1]) if with_alignment else 0)
