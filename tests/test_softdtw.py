@@ -14,6 +14,7 @@ from kdkit.softdtw import (
     BACKENDS,
     diagonal_path,
     expected_alignment,
+    native,
     pairwise_cost,
     soft_dtw,
     soft_dtw_and_alignment,
@@ -21,8 +22,10 @@ from kdkit.softdtw import (
 )
 from kdkit.softdtw.band import band_limits
 
-backends = pytest.mark.parametrize("backend", list(BACKENDS))
-WORKING = [name for name in BACKENDS if name != "reference"]
+NEEDS = {"native": pytest.mark.skipif(not native.is_installed(), reason="needs numba")}
+EVERY = [pytest.param(name, marks=NEEDS.get(name, ())) for name in BACKENDS]
+backends = pytest.mark.parametrize("backend", EVERY)
+WORKING = [param for param in EVERY if param.values != ("reference",)]
 working_backends = pytest.mark.parametrize("backend", WORKING)
 DELANNOY = [[1, 1, 1, 1], [1, 3, 5, 7], [1, 5, 13, 25], [1, 7, 25, 63]]  # paths of an n x m grid
 
@@ -367,7 +370,7 @@ class TestSoftDtw:
             soft_dtw(costs(1, 2, 2), gamma=0.1, band=band)
 
     def test_refuses_an_unknown_backend(self) -> None:
-        with pytest.raises(ValueError, match=r"'fpga'.*reference, torch"):
+        with pytest.raises(ValueError, match=r"'fpga'.*reference, torch, native"):
             soft_dtw(costs(1, 2, 2), gamma=0.1, backend="fpga")
 
     @pytest.mark.parametrize("wrong", [lengths(3, 6), lengths(-1, 2), lengths(2), torch.tensor([1.0, 2.0])])

@@ -8,6 +8,8 @@ From the ground up:
     divergence      soft-DTW without its bias
     reference       backend "reference": naive float64 loops, the definition
     anti_diagonal   backend "torch": CPU and CUDA (MPS has no float64)
+    native          backend "native": compiled by numba for the CPU; `_kernels` has the loops
+    packed          what a backend may keep of an alignment instead of (B, N, M)
 """
 
 from kdkit.softdtw.api import (

@@ -1,15 +1,19 @@
 """What callers use: checks, dtypes, gradient and dispatch, the same for every backend."""
 
+import logging
 import math
-from functools import partial
-from typing import Protocol
+from functools import cache, partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
-from kdkit.softdtw import anti_diagonal, reference
+from kdkit.softdtw import anti_diagonal, native, reference
+from kdkit.softdtw.packed import PackedAlignment, dense
+
+logger = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
@@ -24,7 +28,7 @@ class Backend(Protocol):
         gamma: float,
         band: int | None,
         with_alignment: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | PackedAlignment | None]:
         """Soft-DTW values and, if asked for, their gradient with respect to the cost.
 
         Args:
@@ -37,8 +41,8 @@ class Backend(Protocol):
             with_alignment: whether to compute the second result.
         Returns:
             values (B,) in the cost's dtype: 0 for an empty sample, inf for one with no allowed
-            path, NaN for one with a NaN cost; and E (B, N, M) or None: 0 for the first two,
-            0 outside lengths and band, NaN inside where the value is.
+            path, NaN for one with a NaN cost; and E (B, N, M), or what it can be made of, or None:
+            0 for the first two, 0 outside lengths and band, NaN inside where the value is.
         """
 
 
@@ -65,7 +69,8 @@ def soft_dtw(
         gamma: smoothing, in units of the cost, > 0; -> 0 is hard DTW.
         band: half-width >= 1 of the slope-corrected band of `kdkit.softdtw.band`, in rows or
             columns; None = every cell.
-        backend: a name of `BACKENDS` or a callable like one; None = the fastest that works here.
+        backend: a name of `BACKENDS` or a callable like one; None = "native" for float32 on the CPU
+            where numba is installed, else "torch"; the log says so once.
     Returns:
         (B,) float32 (float64 for a float64 cost), not normalised by length. 0 with gradient 0
         for a sample with an empty side; inf with gradient 0 where +inf costs leave no path; NaN
@@ -77,7 +82,7 @@ def soft_dtw(
     solve = _solver(gamma, band=band, backend=backend)
     cost, lengths_n, lengths_m = _checked(cost, lengths_n, lengths_m)
     if torch.is_grad_enabled() and cost.requires_grad:
-        value, _ = _SoftDTW.apply(cost, lengths_n, lengths_m, solve)
+        value = _SoftDTW.apply(cost, lengths_n, lengths_m, solve)
     else:
         value, _ = solve(cost, lengths_n, lengths_m, with_alignment=False)
     return value
@@ -130,18 +135,37 @@ def soft_dtw_and_alignment(
     """
     solve = _solver(gamma, band=band, backend=backend)
     cost, lengths_n, lengths_m = _checked(cost, lengths_n, lengths_m)
-    return _SoftDTW.apply(cost, lengths_n, lengths_m, solve)
+    return _SoftDTWAndAlignment.apply(cost, lengths_n, lengths_m, solve)
 
 
 class _SoftDTW(Function):
     """The gradient does not depend on what comes after, so the forward pass computes it too."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, cost: Tensor, lengths_n: Tensor, lengths_m: Tensor, solve: partial
-    ) -> tuple[Tensor, Tensor]:
-        """Values and alignment; the alignment is kept for the backward pass."""
-        value, alignment = solve(cost.detach(), lengths_n, lengths_m, with_alignment=True)
+    def forward(ctx: Any, cost: Tensor, lengths_n: Tensor, lengths_m: Tensor, solve: partial) -> Tensor:
+        """Values; the alignment is kept for the backward pass as the backend packs it."""
+        value, alignment = _solved(solve, cost, lengths_n, lengths_m)
+        ctx.save_for_backward(alignment.cells)
+        ctx.spread = alignment.spread
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor, None, None, None]:
+        """Alignment times the incoming gradient."""
+        (cells,) = ctx.saved_tensors
+        # Dividing by a length of 0 after us sends inf or NaN back: 0 mass stays gradient 0.
+        return ctx.spread(cells, grad_value), None, None, None
+
+
+class _SoftDTWAndAlignment(Function):
+    """As `_SoftDTW`; the alignment is laid out at once and kept that way, for it is wanted anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, cost: Tensor, lengths_n: Tensor, lengths_m: Tensor, solve: partial) -> tuple[Tensor, Tensor]:
+        """Values and alignment."""
+        value, packed = _solved(solve, cost, lengths_n, lengths_m)
+        alignment = packed.laid_out(len(cost))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(alignment)
         ctx.save_for_backward(alignment)
@@ -149,16 +173,18 @@ class _SoftDTW(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: BackwardCFunction, grad_value: Tensor | None, _grad_alignment: None
-    ) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_value: Tensor | None, _grad_alignment: None) -> tuple[Tensor | None, None, None, None]:
         """Alignment times the incoming gradient."""
         if grad_value is None:
             return None, None, None, None
         (alignment,) = ctx.saved_tensors
-        grad = alignment * grad_value[:, None, None]
-        # Dividing by a length of 0 after us sends inf or NaN back: 0 mass stays gradient 0.
-        return grad.masked_fill_(alignment == 0, 0.0), None, None, None
+        return dense(alignment).spread(alignment, grad_value), None, None, None
+
+
+def _solved(solve: partial, cost: Tensor, lengths_n: Tensor, lengths_m: Tensor) -> tuple[Tensor, PackedAlignment]:
+    """Values and alignment, whichever way the backend returns it."""
+    value, alignment = solve(cost.detach(), lengths_n, lengths_m, with_alignment=True)
+    return value, dense(alignment) if isinstance(alignment, Tensor) else alignment
 
 
 def _solver(gamma: float, *, band: int | None, backend: str | Backend | None) -> partial:
@@ -169,8 +195,38 @@ def _solver(gamma: float, *, band: int | None, backend: str | Backend | None) ->
         raise ValueError(f"band is {band!r}; allowed: a whole number >= 1, or None for no band.")
     if isinstance(backend, str) and backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}, or None.")
-    function = BACKENDS[backend or DEFAULT_BACKEND] if isinstance(backend, str | None) else backend
+    if backend is None:
+        backend = _fastest
+    function = BACKENDS[backend] if isinstance(backend, str) else backend
     return partial(function, gamma=float(gamma), band=band)
+
+
+def _fastest(
+    cost: Tensor,
+    lengths_n: Tensor,
+    lengths_m: Tensor,
+    *,
+    gamma: float,
+    band: int | None,
+    with_alignment: bool,
+) -> tuple[Tensor, Tensor | PackedAlignment | None]:
+    """The backend that is the fastest for such a cost on this machine."""
+    # A subclass, such as a tensor without values, may have no memory for compiled loops to read.
+    name = _fastest_name(cost.device.type, cost.dtype) if type(cost) is Tensor else "torch"
+    return BACKENDS[name](cost, lengths_n, lengths_m, gamma=gamma, band=band, with_alignment=with_alignment)
+
+
+@cache
+def _fastest_name(device_type: str, dtype: torch.dtype) -> str:
+    """A name of `BACKENDS`; the log says which and why, once for each device and dtype."""
+    if device_type != "cpu" or dtype != torch.float32:
+        name, reason = "torch", f"the compiled one is for float32 on the CPU, not {dtype} on {device_type}"
+    elif native.is_installed():
+        name, reason = "native", "numba is installed; its first call on a machine compiles for some seconds"
+    else:
+        name, reason = "torch", 'numba is missing, which makes the faster "native": pip install "kdkit[fast]"'
+    logger.info("soft-DTW runs on backend %r: %s", name, reason)
+    return name
 
 
 def _checked(cost: Tensor, lengths_n: Tensor | None, lengths_m: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,6 +269,9 @@ def checked_lengths(lengths: Tensor | None, name: str, size: tuple[int, int]) ->
     return host
 
 
-BACKENDS: dict[str, Backend] = {"reference": reference.align, "torch": anti_diagonal.align}
-"""Every backend by name."""
-DEFAULT_BACKEND = "torch"
+BACKENDS: dict[str, Backend] = {
+    "reference": reference.align,
+    "torch": anti_diagonal.align,
+    "native": native.align,
+}
+"""Every backend by name; "native" needs numba."""
