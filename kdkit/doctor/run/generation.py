@@ -74,8 +74,8 @@ ROUGE = Check(
     "Where the student trains on its own text, that text is bad: a threshold is the share of it, no filter, and rises "
     "sooner with a smaller epsilon. Where it does not, the divergence takes it away from what it had learnt on the "
     "labels, or the learning rate is too high: see whether the cross-entropy of the labels rises with it.",
-    "Warm the student up first, guard its text, take the threshold back, or train without it; give the labels a weight, "
-    "or lower the learning rate.",
+    "Warm the student up first, guard its text, take the threshold back, or train without it; give the labels a "
+    "weight, or lower the learning rate.",
     f"{POST_MORTEMS}; {DISTILLM}",
     check_rouge,
 )
