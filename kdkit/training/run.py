@@ -442,7 +442,7 @@ class _ValidationAnswers:
             "rouge_l": scores.rouge_l.value,
             "exact_match": scores.exact_match.value,
             "mean_tokens": sum(a.num_tokens for a in answers) / len(answers),
-            "num_answers": len(answers),
+            "num_answers": float(len(answers)),
             "ended_fraction": sum(a.ended for a in answers) / len(answers),
             "texts_digest": texts_digest(answers),
         }
