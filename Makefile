@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | docs | kaggle: each sets up .venv on first use.
+# make demo | test | lint | bench | growth | docs | kaggle: each sets up .venv on first use.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 # Tiny models gain nothing from a second thread, and two test processes fill two cores.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: demo test test-all lint bench docs kaggle owner clean
+.PHONY: demo test test-all lint bench growth docs kaggle owner clean
 
 $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -36,8 +36,15 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Writes the table of the README anew, also where a claim does not hold; peers come with: pip install -e ".[bench]".
 bench: $(STAMP)
-	$(BIN)/python -m pytest tests/benchmarks --benchmark-only --benchmark-sort=name
+	@mkdir -p build
+	$(BIN)/python -m pytest tests/benchmarks --benchmark-only --benchmark-sort=name --benchmark-json=build/bench.json; \
+		status=$$?; $(BIN)/python tests/benchmarks/readme_table.py build/bench.json README.md; exit $$status
+
+# How cost and memory grow with length, vocabulary, batch and rows: about half an hour of one thread.
+growth: $(STAMP)
+	$(ONE_THREAD) $(BIN)/python tests/benchmarks/growth.py --output docs/figures
 
 kaggle: owner $(STAMP)
 	$(BIN)/kdkit kaggle render --owner "$(OWNER)" $(addprefix --resume ,$(RESUME))
@@ -52,3 +59,4 @@ docs: $(DOCS_STAMP)
 
 clean:
 	rm -rf $(VENV) build dist docs/api *.egg-info
+	find kdkit -name '*.nb[ic]' -delete

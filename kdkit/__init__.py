@@ -7,6 +7,7 @@ The map, in the order in which a run uses it:
     teacher     what a loss may know of the teacher, live or cached, behind one interface
     losses      divergences, the chunked head pass, the alignment of hidden states
     softdtw     soft dynamic time warping: values, gradients, expected alignments
+    cuda        kernels of our own for a card, compiled there;  compiled: loops for a CPU
     training    objective, model, trainer, checkpoints, and `run`, which strings stages together;
                 `rollout`, the student's own text; `sweep`, one config over values and seeds
     memory      bytes by part before anything is loaded, counted or estimated; what fits; hours

@@ -36,6 +36,7 @@ FULL_FRACTION = 0.92
 
 # bfloat16 units begin with Ampere; torch.cuda.is_bf16_supported() also counts emulation, which is very slow.
 BF16_CAPABILITY: Capability = (8, 0)
+_BFLOAT16_UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm BF16"}
 # bitsandbytes documents LLM.int8 from here on; NF4 needs 6.0.
 INT8_CAPABILITY: Capability = (7, 5)
 # torch 2.7.1 for CUDA 12.6 has kernels from 5.0 on; from 2.8 on the builds on PyPI leave old cards out.
@@ -258,13 +259,30 @@ def usable_dtype(device: DeviceType, capability: Capability | None) -> DtypeChoi
         ValueError: device is "cuda" and no capability was given.
     """
     if device != "cuda":
-        return DtypeChoice("float32", f"{device}: half precision saves little here and costs accuracy")
+        units = cpu_bfloat16_units()
+        named = f"; its {units} units multiply bfloat16 where optim.precision=bfloat16 names it" if units else ""
+        return DtypeChoice("float32", f"{device}: half precision saves little here and costs accuracy{named}")
     if capability is None:
         raise ValueError("usable_dtype needs the capability of a cuda device, got None")
     found = f"compute capability {capability[0]}.{capability[1]}"
     if capability >= BF16_CAPABILITY:
         return DtypeChoice("bfloat16", f"{found} has bfloat16 units, and its range needs no loss scaling")
     return DtypeChoice("float16", f"{found} only emulates bfloat16 (native from 8.0), very slowly")
+
+
+def cpu_bfloat16_units(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """What of this processor multiplies bfloat16 in hardware.
+
+    Args:
+        cpuinfo: where Linux lists the processor's features.
+    Returns:
+        "AMX", "AVX512-BF16" or "Arm BF16"; "" where there is none, or the system does not say. torch then emulates
+        such products, slower than those in float32.
+    """
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
+    known = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
+    features = set(next(known, "").split())
+    return next((name for feature, name in _BFLOAT16_UNITS.items() if feature in features), "")
 
 
 # --- room ---

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import emulated
 import pytest
 from tiny import make_pair, tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -10,7 +11,9 @@ from traces import made_up_traces
 from transformers import PreTrainedTokenizerFast
 
 from kdkit import cli
+from kdkit.cuda import Module
 from kdkit.inspection import load_run_models, save_traces
+from kdkit.losses import cuda
 from kdkit.training.run import run_distillation
 
 SENTENCES = (
@@ -36,6 +39,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
     backend.train_from_iterator(SENTENCES, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.fixture(scope="session")
+def emulated_losses(tmp_path_factory):
+    """The kernels of the losses on a CUDA driver whose device is the CPU, in blocks of five threads."""
+    kernels = list(cuda.KERNELS.values())
+    driver = emulated.build_driver(tmp_path_factory.mktemp("losses_driver"), cuda.SOURCE, kernels)
+    return cuda.Launcher(Module(emulated.CUBIN, device=0, driver=str(driver)), most_threads=5)
 
 
 @pytest.fixture

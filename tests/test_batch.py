@@ -217,7 +217,7 @@ class TestEncodeRows:
 
     def test_chunks_of_the_map_change_nothing(self, byte_tokenizer, monkeypatch):
         whole = encode([*PAIRS, ("none", None), *PAIRS], byte_tokenizer)
-        monkeypatch.setattr("kdkit.data.encoding._ROWS_PER_MAP_STEP", 2)
+        monkeypatch.setattr("kdkit.data.encoding.ROWS_PER_BLOCK", 2)
         parts = encode([*PAIRS, ("none", None), *PAIRS], byte_tokenizer)
         assert parts.dataset[:] == whole.dataset[:]
         assert parts.report == whole.report
@@ -347,9 +347,9 @@ class TestDistillCollator:
             length = int(batch["lengths"][0])
             assert torch.equal(together["labels"][b, :length], batch["labels"][0])
 
-    def test_every_value_is_a_tensor_of_integers_or_an_int_but_for_the_keys_that_stay_on_the_host(self):
+    def test_every_value_is_a_tensor_of_integers_or_an_int_but_for_what_stays_on_the_host(self):
         batch = self.batch(ragged_rows(eos=1, pad=0))
-        assert batch.pop("row_keys").dtype == np.int64
+        assert {batch.pop(name).dtype for name in ("row_keys", "unit_counts")} == {np.dtype(np.int64)}
         assert {type(value) for value in batch.values()} == {torch.Tensor, int}
         dtypes = {name: value.dtype for name, value in batch.items() if isinstance(value, torch.Tensor)}
         assert dtypes.pop("is_gold") == torch.bool

@@ -271,6 +271,15 @@ class TestChatTemplates:
             assert told == prompts[BYTES].removeprefix("[user] ").removesuffix("\n[assistant]")
             assert read_text(tokenizers[META_SPACE], row) == read_text(tokenizers[BYTES], row["teacher"])
 
+    def test_rows_that_one_of_them_refuses_are_not_paired_with_others(self):
+        picky = "{% for m in messages %}{% if '?' in m.content %}{{ raise_exception('no questions') }}{% endif %}"
+        tokenizers = {name: AutoTokenizer.from_pretrained(demo_folder() / name) for name in (META_SPACE, BYTES)}
+        tokenizers[META_SPACE].chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        tokenizers[BYTES].chat_template = picky + "{{ m.content }}{% endfor %}"
+        config = cross_config("data.template=chat", "data.max_length=320", "data.max_prompt_length=256")
+        with pytest.raises(UserError, match=r"do not accept the same rows of 'train' \(12 and 12\)"):
+            RunRows(tokenizers[META_SPACE], tokenizers[BYTES]).encoded("train", config)
+
 
 LATER = "{start: 0, end: 1, begin: 0.9}"
 

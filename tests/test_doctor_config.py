@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kdkit.cli import cli
 from kdkit.config import demo_folder, list_presets, load_config
 from kdkit.doctor.config import CONFIG_CHECKS, diagnose_config, fix_config
-from kdkit.doctor.config.foreign import DISTILLM_KEYS, USUAL_KEYS
+from kdkit.doctor.config.names import DISTILLM_KEYS, USUAL_KEYS
 from kdkit.doctor.findings import Severity
 from kdkit.errors import UserError
 from kdkit.memory.cards import CARDS, card_of_budget

@@ -22,9 +22,9 @@ from kdkit.losses import (
     skew_reverse_kl,
     tvd,
 )
-from kdkit.losses.head_pass import BLOCK_ENTRIES
+from kdkit.losses.blocks import BLOCK_ENTRIES
 from kdkit.teacher.kept import TopKSignal
-from kdkit.teacher.signal import DenseSignal, Head, LiveSignal
+from kdkit.teacher.signal import DenseSignal, Head, LiveSignal, Room
 
 EVERY = pytest.mark.parametrize("name", list(LOSSES))
 
@@ -208,7 +208,7 @@ class TestSignals:
 
     def test_the_teacher_is_not_asked_where_nothing_looks_at_it(self) -> None:
         class Silent(LiveSignal):
-            def rows(self, start: int, stop: int, device: torch.device) -> DenseSignal:
+            def rows(self, start: int, stop: int, device: torch.device, room: Room | None = None) -> DenseSignal:
                 raise AssertionError("asked")
 
         scene = make_scene()
@@ -226,9 +226,9 @@ class TestSignals:
         asked: list[int] = []
 
         class Counting(LiveSignal):
-            def rows(self, start: int, stop: int, device: torch.device) -> DenseSignal:
+            def rows(self, start: int, stop: int, device: torch.device, room: Room | None = None) -> DenseSignal:
                 asked.append(stop - start)
-                return super().rows(start, stop, device)
+                return super().rows(start, stop, device, room)
 
         terms = [DivergenceTerm(str(t), reverse_kl, temperature=t) for t in (1.0, 1.5, 2.0)]
         signal = Counting(scene.signal.hidden, scene.signal.head)
@@ -432,6 +432,14 @@ class TestDifferentiability:
         second = torch.autograd.grad(2 * total, scene.inputs)
         assert all(torch.equal(2 * a, b) for a, b in zip(kept, second, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(kept, first, strict=True))
+
+    def test_no_copy_of_the_weights_gradient_is_made(self) -> None:
+        scene = make_scene(torch.float32)
+        total = linear_divergence("tvd", scene.hidden, scene.head, scene.signal)
+        with LargestTensor() as seen:
+            total.backward()
+        assert not seen.calls.keys() & {"mul", "clone", "_to_copy", "copy_", "add"}
+        assert scene.head.weight.grad is not None
 
     def test_inputs_stay_as_they_are(self) -> None:
         scene = make_scene(torch.float32)

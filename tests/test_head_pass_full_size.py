@@ -22,7 +22,9 @@ def test_every_loss(scene: Scene, name: str) -> None:
     result = head_pass(scene.hidden, scene.head, scene.signal, [term], chunk_tokens=200)
     expected = divergence(name, scene.student_logits(), scene.teacher_logits()).double().sum()
     torch.testing.assert_close(result.total.double(), expected, rtol=1e-5, atol=0)
-    assert_same_gradients(scene.gradients(result.total), scene.gradients(expected), rtol=1e-5)
+    # The gradient of tvd jumps where p and q cross; where float32 cannot tell them apart, either side is right.
+    rtol = 3e-3 if name == "tvd" else 1e-5
+    assert_same_gradients(scene.gradients(result.total), scene.gradients(expected), rtol=rtol)
 
 
 def test_two_terms_of_other_weight_and_temperature(scene: Scene) -> None:

@@ -28,10 +28,10 @@ from kdkit.losses import (
     tvd,
     uld,
 )
-from kdkit.losses.head_pass import BLOCK_ENTRIES
+from kdkit.losses.blocks import BLOCK_ENTRIES
 from kdkit.losses.spans import pieces
 from kdkit.teacher.kept import TopKSignal
-from kdkit.teacher.signal import DenseSignal, Head, LiveSignal, SparseSignal
+from kdkit.teacher.signal import DenseSignal, Head, LiveSignal, Room, SparseSignal
 
 STARTS = [0, 1, 2, 5, 6, 8, 17, 18, 20]
 """Spans of 1 to 9 of the 21 positions; the last is one position."""
@@ -277,9 +277,9 @@ class TestWork:
         asked: list[tuple[int, int]] = []
 
         class Counting(LiveSignal):
-            def rows(self, start: int, stop: int, device: torch.device) -> DenseSignal:
+            def rows(self, start: int, stop: int, device: torch.device, room: Room | None = None) -> DenseSignal:
                 asked.append((start, stop))
-                return super().rows(start, stop, device)
+                return super().rows(start, stop, device, room)
 
         terms = [CrossTerm(str(t), uld, temperature=t) for t in (1.0, 2.0)]
         scene.run(*terms, signal=Counting(scene.signal.hidden, scene.signal.head), chunk_tokens=6)

@@ -50,18 +50,21 @@ FLOORS = (
         "training.rollout",
         "training.progress",
         "training.rows",
+        "training.sampling",
         "training.saving",
         "training.sharding",
         "training.state",
         "training.stopping",
         "training.tokenizers",
         "training.validation",
+        "training.windows",
     ),
     ("memory", "teacher", "teacher.cache", "teacher.cross", "teacher.experts", "teacher.sources", "training.objective"),
     ("data", "data.batch", "data.encoding", "data.pairs", "loading", "losses"),
     (
         "attached",
         "config",
+        "data.mapped",
         "data.rows",
         "data.sources",
         "data.spans",
@@ -74,7 +77,7 @@ FLOORS = (
         "teacher.kept",
         "teacher.signal",
     ),
-    ("errors", "files"),
+    ("compiled", "cuda", "errors", "files"),
 )
 SPLIT = {"data", "teacher", "training"}
 
@@ -83,7 +86,7 @@ HEAVY |= {"numba", "transformers"}
 LIGHT = ("attached", "errors", "schedules", "config", "runtime", "plots", "memory", "doctor", "cli")
 LIGHT += ("session.packages", "session.place")  # a notebook calls them before anything is installed
 COUNTING = ("memory.counting", "memory.exact", "memory.generation", "memory.stand_ins")  # run the step itself
-TORCH_ONLY = ("losses", "softdtw", "teacher.kept", "teacher.signal")
+TORCH_ONLY = ("compiled", "cuda", "losses", "softdtw", "teacher.kept", "teacher.signal")
 PRESENTATION = {"inspection", "notebook", "plots", "widgets", "report"}
 
 
@@ -234,13 +237,13 @@ class TestThirdParty:
 
     @pytest.mark.parametrize("module", modules_in(TORCH_ONLY))
     def test_losses_and_softdtw_know_torch_and_each_other_only(self, module):
-        compiler = {"numba"} if module == "softdtw._kernels" else set()
+        compiler = {"numba"} if module in ("compiled", "softdtw._kernels") else set()
         assert third_party(imported_names(all_nodes(TREES[module]))) <= {"numpy", "torch"} | compiler
         assert [target for target in GRAPH[module] if not is_within(target, TORCH_ONLY)] == []
 
     def test_softdtw_knows_no_losses_and_no_teacher(self):
         for module in modules_in(("softdtw",)):
-            assert [target for target in GRAPH[module] if not is_within(target, ("softdtw",))] == []
+            assert [target for target in GRAPH[module] if not is_within(target, ("compiled", "cuda", "softdtw"))] == []
 
     def test_importing_light_modules_loads_nothing_heavy(self):
         present = [f"kdkit.{name}" for name in LIGHT if name in TREES]

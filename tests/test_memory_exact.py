@@ -8,6 +8,7 @@ from pairs_published import NUM_PARAMETERS, config_of
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
+from kdkit import compiled
 from kdkit.config import DistillConfig, load_config
 from kdkit.errors import UserError
 from kdkit.memory.counting import BLOCK_BYTES, LiveBytes
@@ -83,6 +84,13 @@ def witnessed(settings: DistillConfig, *, teacher: PreTrainedConfig, student: Pr
     return own, max(itertools.accumulate(sizes))
 
 
+@pytest.fixture
+def as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real tensors go the way of those without values, which no loop compiled for the CPU can read."""
+    monkeypatch.setattr(compiled, "is_installed", lambda: False)
+
+
+@pytest.mark.usefixtures("as_on_a_card")
 class TestCountOfFakeTensors:
     @pytest.mark.parametrize(
         ("teacher", "student", "preset", "crosses"),

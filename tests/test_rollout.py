@@ -28,12 +28,14 @@ from kdkit.training.rollout import (
     StudentGenerator,
     StudentText,
     TextCounts,
+    Verdict,
     pack_texts,
     repeat_fractions,
     shares,
     unpack_texts,
 )
 from kdkit.training.rollout import generator as generator_module
+from kdkit.training.rollout.ahead import Judged, Place, answers, pack_shelf, unpack_shelf
 
 EOS = 1
 
@@ -253,6 +255,25 @@ class TestReplayBuffer:
 
     def test_an_empty_buffer_comes_back_empty(self):
         assert unpack_texts(pack_texts([])) == []
+
+
+class TestShelf:
+    def test_texts_written_ahead_come_back_as_they_were_judged(self):
+        shelf = {
+            Place(step, 0, 1): tuple(
+                Judged(text(response, row_id=number), Verdict(reason, 0.25, -1.5), 3)
+                for number, (response, reason) in enumerate([([9, EOS], None), ([8], "no_end")])
+            )
+            for step in (4, 6)
+        }
+        back = unpack_shelf(*pack_shelf(shelf))
+        assert back.keys() == shelf.keys()
+        for place, texts in shelf.items():
+            for ours, theirs in zip(back[place], texts, strict=True):
+                assert ours.text.row["input_ids"] == theirs.text.row["input_ids"]
+                assert (ours.text.ended, ours.verdict, ours.born_step) == (theirs.text.ended, theirs.verdict, 3)
+            assert answers(texts, [row([1], row_id=0), row([2], row_id=1)])
+            assert not answers(texts, [row([1], row_id=1), row([2], row_id=0)])
 
 
 class TestRepeatFractions:

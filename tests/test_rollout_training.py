@@ -97,6 +97,44 @@ class TestMix:
             trainer.train()
         assert [call.kwargs["input_ids"].shape[0] for call in made.call_args_list] == [8, 8]
 
+    def test_texts_of_steps_to_come_are_written_along_up_to_the_end_of_the_epoch(self, pair, tmp_path):
+        config = mixed_config(pair, "rollout.ahead=3", mode="on_policy", max_steps=6)  # an epoch has 4 steps
+        trainer = build_trainer(config, tmp_path)
+        with mock.patch.object(
+            LlamaForCausalLM, "generate", autospec=True, side_effect=LlamaForCausalLM.generate
+        ) as made:
+            trainer.train()
+        assert [call.kwargs["input_ids"].shape[0] for call in made.call_args_list] == [24, 8, 16]
+        assert [row["rollout/fresh_fraction"] for row in log_of(trainer)] == [1.0] * 6
+
+    def test_what_is_written_ahead_is_for_the_rows_of_its_step(self, plain_pair, tmp_path):
+        """Every prompt gets the same text, so that only rows and their order can differ."""
+        logs = []
+        for ahead in (1, 3):
+            settings = ("rollout.threshold=0.7", f"rollout.ahead={ahead}", "rollout.capacity=8")
+            trainer = build_trainer(mixed_config(plain_pair, *settings, max_steps=7), tmp_path / str(ahead))
+            with student_says("A text of the student.<eos>"):
+                trainer.train()
+            apart = {*OF_THE_MACHINE, "rollout/age_steps"}
+            logs.append([{name: row[name] for name in row if name not in apart} for row in log_of(trainer)])
+        assert logs[0] == logs[1]
+
+    def test_a_threshold_that_falls_leaves_unused_what_was_written_ahead(self, pair, tmp_path):
+        trainer = build_trainer(mixed_config(pair, "rollout.threshold=1.0", "rollout.ahead=3", max_steps=3), tmp_path)
+        rollout, sizes = trainer.rollout, []
+        mix = rollout.mix
+
+        def mix_then_fall(*args, **kwargs):
+            mixed = mix(*args, **kwargs)
+            sizes.append(len(rollout.shelf))
+            rollout.threshold.value = 0.0
+            return mixed
+
+        rollout.mix = mix_then_fall
+        trainer.train()
+        assert sizes == [2, 1, 0]
+        assert [row["rollout/gold_fraction"] for row in log_of(trainer)] == [0.0, 1.0, 1.0]
+
     def test_batch_1_times_8_is_batch_8_times_1_with_the_students_text(self, plain_pair, tmp_path):
         """Counts are taken after the texts came in; texts differ in length, so that a mean of means would show."""
         logs = []
@@ -242,9 +280,9 @@ STAGES = (
 )
 
 
-@pytest.fixture(scope="module")
-def adaptive(pair):
-    return mixed_config(pair, *STAGES, mode="adaptive", max_steps=5)
+@pytest.fixture(scope="module", params=[1, 3])
+def adaptive(pair, request):
+    return mixed_config(pair, *STAGES, f"rollout.ahead={request.param}", mode="adaptive", max_steps=5)
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +315,7 @@ class TestResume:
         rows = [row for row in self.trace(folder) if row["stage"] == "distill" and row["kind"] == "train"]
         assert any(row["rollout/fresh_fraction"] for row in rows)  # the story has something to remember
         assert any(row["rollout/replayed_fraction"] for row in rows)
-        moments = np.random.default_rng(1).choice(np.arange(1, num_events + 1), size=5, replace=False)
+        moments = np.random.default_rng(1).choice(np.arange(1, num_events + 1), size=4, replace=False)
         for moment in sorted(moments.tolist()):
             self.assert_same(run_killed_then_resumed(adaptive, tmp_path / "run", moment), folder)
 

@@ -4,11 +4,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from accelerate import PartialState
 from killing import run_forked, run_killed_then_resumed
 from safetensors.torch import load_file
 from tiny import OF_THE_MACHINE, make_pair, tiny_config
 
 from kdkit.errors import UserError
+from kdkit.losses.blocks import fastest_backend as losses_backend
+from kdkit.softdtw import fastest_backend
 from kdkit.training.run import run_distillation
 from kdkit.training.stopping import Interrupted, StopRequest
 
@@ -48,6 +52,25 @@ def assert_same_run(ours, theirs):
         assert all(np.array_equal(mine[key], other[key]) for key in mine | other), name
     assert trace(ours) == trace(theirs)
     assert json.loads((ours / "evaluation.json").read_text()) == json.loads((theirs / "evaluation.json").read_text())
+
+
+class TestBanner:
+    def test_a_stage_with_soft_dtw_says_which_backend_runs_and_why(self, pair, tmp_path, capsys):
+        run_distillation(tiny_config(pair, *STAGES, max_steps=1), tmp_path / "run")
+        warm_start, distill = capsys.readouterr().err.split("stage distill:")
+        assert "soft-DTW" not in warm_start
+        (losses,) = [line for line in warm_start.splitlines() if "losses: backend" in line]
+        assert losses == "  losses: backend {}: {}".format(*losses_backend(PartialState().device))
+        (line,) = [line for line in distill.splitlines() if "soft-DTW" in line]
+        assert line == "  soft-DTW: backend {}: {}".format(*fastest_backend(PartialState().device))
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the card")
+    @pytest.mark.parametrize("units", ["", "AMX"])
+    def test_bfloat16_on_a_cpu_that_emulates_it_is_not_silent(self, pair, tmp_path, capsys, monkeypatch, units):
+        monkeypatch.setattr("kdkit.training.run.cpu_bfloat16_units", lambda: units)
+        config = tiny_config(pair, "optim.precision=bfloat16", max_steps=1)
+        run_distillation(config, tmp_path / "run")
+        assert ("torch emulates it" in capsys.readouterr().err) == (not units)
 
 
 class TestResume:

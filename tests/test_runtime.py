@@ -183,6 +183,28 @@ class TestUsableDtype:
     def test_no_card_computes_in_float32(self):
         assert runtime.usable_dtype("cpu", None).dtype == "float32"
 
+    @pytest.mark.parametrize(
+        ("line", "units"),
+        [
+            ("flags\t\t: fpu avx512_bf16 amx_tile amx_bf16", "AMX"),
+            ("flags\t\t: fpu avx2 avx512f avx512_bf16", "AVX512-BF16"),
+            ("Features\t: fp asimd bf16 i8mm", "Arm BF16"),
+            ("flags\t\t: fpu avx2 avx512f amx_tile", ""),
+            ("vendor_id\t: avx512_bf16", ""),
+        ],
+    )
+    def test_what_of_a_cpu_multiplies_bfloat16(self, tmp_path, monkeypatch, line, units):
+        cpuinfo = tmp_path / "cpuinfo"
+        cpuinfo.write_text(f"processor\t: 0\n{line}\n\nprocessor\t: 1\n{line}\n")
+        assert runtime.cpu_bfloat16_units(cpuinfo) == units
+        monkeypatch.setattr(runtime, "cpu_bfloat16_units", lambda: units)
+        choice = runtime.usable_dtype("cpu", None)
+        assert choice.dtype == "float32"
+        assert ("optim.precision=bfloat16" in choice.reason) == bool(units)
+
+    def test_a_system_that_lists_no_features_has_no_units_that_we_know_of(self, tmp_path):
+        assert runtime.cpu_bfloat16_units(tmp_path / "absent") == ""
+
     def test_the_reason_names_the_capability(self):
         assert "7.5" in runtime.usable_dtype("cuda", (7, 5)).reason
 

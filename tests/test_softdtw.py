@@ -10,11 +10,11 @@ from dense import on_each_device
 from scipy.spatial.distance import cdist
 from torch import Tensor
 
+from kdkit import compiled
 from kdkit.softdtw import (
     BACKENDS,
     diagonal_path,
     expected_alignment,
-    native,
     pairwise_cost,
     soft_dtw,
     soft_dtw_and_alignment,
@@ -22,8 +22,9 @@ from kdkit.softdtw import (
 )
 from kdkit.softdtw.band import band_limits
 
-NEEDS = {"native": pytest.mark.skipif(not native.is_installed(), reason="needs numba")}
-EVERY = [pytest.param(name, marks=NEEDS.get(name, ())) for name in BACKENDS]
+NEEDS = {"native": pytest.mark.skipif(not compiled.is_installed(), reason="needs numba")}
+# "cuda" leaves all but float32 on CUDA to "torch": test_softdtw_cuda.py has what is its own.
+EVERY = [pytest.param(name, marks=NEEDS.get(name, ())) for name in BACKENDS if name != "cuda"]
 backends = pytest.mark.parametrize("backend", EVERY)
 WORKING = [param for param in EVERY if param.values != ("reference",)]
 working_backends = pytest.mark.parametrize("backend", WORKING)
@@ -370,7 +371,7 @@ class TestSoftDtw:
             soft_dtw(costs(1, 2, 2), gamma=0.1, band=band)
 
     def test_refuses_an_unknown_backend(self) -> None:
-        with pytest.raises(ValueError, match=r"'fpga'.*reference, torch, native"):
+        with pytest.raises(ValueError, match=r"'fpga'.*reference, torch, native, cuda"):
             soft_dtw(costs(1, 2, 2), gamma=0.1, backend="fpga")
 
     @pytest.mark.parametrize("wrong", [lengths(3, 6), lengths(-1, 2), lengths(2), torch.tensor([1.0, 2.0])])

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdkit import compiled
 from kdkit.softdtw import api, expected_alignment, native, soft_dtw, soft_dtw_and_alignment
 from kdkit.softdtw.band import band_limits
 
-needs_numba = pytest.mark.skipif(not native.is_installed(), reason="needs numba")
+needs_numba = pytest.mark.skipif(not compiled.is_installed(), reason="needs numba")
 RAGGED = [(40, 70), (1, 70), (40, 1), (33, 34), (0, 12), (7, 64), (40, 3), (2, 2), (39, 70)]
 
 
@@ -196,11 +197,16 @@ class TestPlans:
                 assert [side.tolist() for side in diagonals[:2]] == [side.flatten().tolist() for side in limits]
 
     def test_runs_where_numba_has_no_folder_to_keep_its_code(self) -> None:
-        from kdkit.softdtw import _kernels
 
         names: dict[str, object] = {}
         exec("def twice(x):\n    return x + x", names)  # without a file there is no place beside it
-        assert _kernels.compiled(names["twice"])(21) == 42
+        assert compiled.compiled()(names["twice"])(21) == 42
+
+    def test_threads_share_any_iterable(self) -> None:
+        seen: list[int] = []
+        chunks = ((number, number + 1) for number in range(20_000))
+        compiled.share_out(lambda begin, end, thread: seen.append(begin), chunks, 4)
+        assert sorted(seen) == list(range(20_000))
 
 
 @pytest.mark.usefixtures("fresh_choice")
@@ -209,7 +215,7 @@ class TestChoice:
     def test_the_log_says_once_which_backend_runs_and_why(
         self, numba: bool, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        monkeypatch.setattr(native, "is_installed", lambda: numba)
+        monkeypatch.setattr(compiled, "is_installed", lambda: numba)
         with caplog.at_level(logging.INFO, logger="kdkit.softdtw"):
             for seed in range(3):
                 cost = costs(2, 5, 6, seed=seed)
@@ -234,6 +240,6 @@ class TestChoice:
         assert found.tolist() == soft_dtw(cost, gamma=0.1, backend="torch").tolist()
 
     def test_asking_for_it_without_numba_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(native, "is_installed", lambda: False)
+        monkeypatch.setattr(compiled, "is_installed", lambda: False)
         with pytest.raises(ValueError, match=r"kdkit\[fast\]"):
             soft_dtw(costs(1, 3, 3), gamma=0.1, backend="native")

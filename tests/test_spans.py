@@ -17,6 +17,7 @@ from kdkit.data.spans import (
     shared_word_units,
     tokenizer_relation,
     word_units,
+    word_units_of,
 )
 
 TEXTS = (
@@ -141,6 +142,25 @@ class TestWordUnits:
         assert pieces > 1
         units = [unit for unit in word_units("a 🙂 b", offsets) if unit >= 0]
         assert units == [0, *[1] * pieces, 2]
+
+
+class TestWordUnitsOf:
+    @settings(deadline=None)
+    @given(
+        st.lists(
+            st.tuples(
+                st.text("ab \n\u3000🙂", max_size=9),
+                st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11)), max_size=5),
+            ),
+            max_size=5,
+        )
+    )
+    def test_many_texts_are_as_each_by_itself(self, rows):
+        alone = [word_units(text, offsets) for text, offsets in rows]
+        assert word_units_of([text for text, _ in rows], [offsets for _, offsets in rows]) == alone
+
+    def test_no_texts_have_no_units(self):
+        assert word_units_of([], []) == []
 
 
 class TestSharedWordUnits:

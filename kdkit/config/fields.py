@@ -170,6 +170,9 @@ class OptimConfig(Part):
     """Rows of one forward pass on one device."""
     accumulation: Count = 1
     """Forward passes that make one optimizer step."""
+    group_by_length: bool = False
+    """Batches of rows of nearly the same length, so that less of each pass is padding. A batch is then less of a chance
+    sample of the rows: short and long answers take turns."""
     max_steps: Count | None = None
     """Optimizer steps of the stage; overrides `epochs`."""
     epochs: float = Field(default=3.0, gt=0)
@@ -297,6 +300,11 @@ class DistillConfig(Part):
     """Seeds weights, row order and dropout; each stage derives its own. DistiLLM runs 10 to 50."""
     threads: Count | None = None
     """CPU threads of torch; None takes its own choice. Pin it where a resume has to be bit-identical."""
+
+    @property
+    def rows_written_together(self) -> int:
+        """Prompts that the student answers in one go while it trains."""
+        return self.rollout.batch_size or self.optim.batch_size * self.optim.accumulation * self.rollout.ahead
 
     @model_validator(mode="after")
     def _experts_are_there_to_be_read(self) -> "DistillConfig":

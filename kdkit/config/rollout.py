@@ -79,8 +79,11 @@ class RolloutConfig(Part):
     """Nucleus of the drawing. DistiLLM: 1."""
     num_beams: Count = 1
     """Beams; 1 draws one text."""
+    ahead: Count = 1
+    """Steps whose texts are written in one go: a large batch takes little longer than a small one. The last step's
+    texts are then ahead - 1 steps old when they are trained on."""
     batch_size: Count | None = None
-    """Prompts answered together; None: all of an accumulation window."""
+    """Prompts answered together; None: all of the accumulation windows that are written for."""
     guard: GuardConfig | None = GuardConfig()
     """What a text must be to be trained on; null trains on everything, as DistiLLM does."""
     collapse: CollapseConfig | None = CollapseConfig()

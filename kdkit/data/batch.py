@@ -54,6 +54,8 @@ class Batch(TypedDict):
     """(B,)"""
     row_keys: np.ndarray
     """(B,) int64 `row_key` of each row, kept on the host: what a cached teacher finds its rows by."""
+    unit_counts: np.ndarray
+    """(B,) int64 units of each row, kept on the host."""
     max_units: int
     """The most units of a row."""
     num_units: int
@@ -116,7 +118,7 @@ class DistillCollator:
         is_counted = is_token & (steps >= prompt_lengths[:, None])  # (B, T)
         input_ids = _scatter([row["input_ids"] for row in rows], is_token, pad_token_id)
         unit_ids = _scatter([row["unit_ids"] for row in rows], is_token, NO_UNIT)
-        most_units = unit_ids.max(axis=1) + 1  # (B,)
+        unit_counts = unit_ids.max(axis=1) + 1  # (B,)
         gold_rows = np.array([row.get("is_gold", True) for row in rows])  # (B,)
         is_gold = np.broadcast_to(gold_rows[:, None], is_counted.shape)[is_counted]  # (N,)
         arrays = {
@@ -138,9 +140,10 @@ class DistillCollator:
             **{name: torch.from_numpy(array) for name, array in arrays.items()},  # type: ignore[typeddict-item]
             **starts,
             row_keys=np.array([row_key(row["input_ids"], row["prompt_length"]) for row in rows], dtype=np.int64),
-            max_units=int(most_units.max()),
-            num_units=int(most_units.sum()),
-            num_sequences=int((most_units > 0).sum()),
+            unit_counts=unit_counts,
+            max_units=int(unit_counts.max()),
+            num_units=int(unit_counts.sum()),
+            num_sequences=int((unit_counts > 0).sum()),
             num_labels=int(is_gold.sum()),
         )
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from kdkit.data.batch import NO_UNIT, EncodedRow
+from kdkit.data.mapped import ROWS_PER_BLOCK, mapped_rows
 from kdkit.data.pairs import Side, pair_row
 from kdkit.data.rows import Rows
-from kdkit.data.sources import quiet_datasets
-from kdkit.data.spans import Offsets, word_units
+from kdkit.data.spans import Offsets, word_units_of
 from kdkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Unit = Literal["word", "token"]
-_ROWS_PER_MAP_STEP = 1000
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def encode_rows(
         teacher: of another tokenizer; the lengths then hold for its tokens too, and a response is cut on
             both sides at the same byte.
     Returns:
-        EncodedRows, in the order of rows and held in memory, with the count of rows dropped or cut.
+        EncodedRows, in the order of rows and in a mapped file, with the count of rows dropped or cut.
     Raises:
         UserError: lengths that leave no room, an unknown unit, a tokenizer without end-of-text or
             (for words, or beside a teacher's) without offsets, or no row left.
@@ -98,20 +97,11 @@ def encode_rows(
     if teacher is not None:
         _check_tokenizer(teacher.tokenizer, unit, needs_offsets=True)
     encoder = _Encoder(tokenizer, max_length, max_prompt_length, unit, keep_prompt_only, teacher)
-    from datasets.fingerprint import generate_random_fingerprint
-
-    with quiet_datasets():
-        dataset = rows.dataset.map(
-            encoder.encode,
-            batched=True,
-            batch_size=_ROWS_PER_MAP_STEP,
-            with_indices=True,
-            remove_columns=rows.dataset.column_names,
-            features=_features(is_pair=teacher is not None),
-            keep_in_memory=True,
-            load_from_cache_file=False,
-            new_fingerprint=generate_random_fingerprint(),  # else the tokenizer is pickled for one
-        )
+    with mapped_rows(_features(is_pair=teacher is not None)) as kept:
+        for start in range(0, len(rows), ROWS_PER_BLOCK):
+            indices = range(start, min(start + ROWS_PER_BLOCK, len(rows)))
+            kept.write(encoder.encode(rows.dataset[start : indices.stop], indices))
+        dataset = kept.dataset()
     report = encoder.report(len(rows), len(dataset))
     if len(dataset) == 0:
         raise UserError(f"no row of '{rows.name}' is left after tokenising: {report}")
@@ -144,6 +134,8 @@ class _Text:
     prompt: list[int]
     response: list[int]
     offsets: Offsets
+    units: list[int]
+    """The word of each token of the response; empty where they were not asked for."""
 
 
 @dataclass
@@ -161,13 +153,14 @@ class _Encoder:
         self.dropped: Counter[str] = Counter()
         self.truncated: Counter[str] = Counter()
 
-    def encode(self, chunk: Mapping[str, list], indices: Sequence[int]) -> dict[str, list[object]]:
-        """One chunk of rows, by column, as columns of EncodedRows.dataset without the rows dropped."""
+    def encode(self, chunk: Mapping[str, list], indices: range) -> dict[str, list[object]]:
+        """Rows that follow one another, by column, as columns of EncodedRows.dataset without the rows dropped."""
         gold = [references[0] if references else "" for references in chunk["references"]]
-        own = _read(self.tokenizer, chunk["prompt"], gold, wants_offsets=self.wants_offsets)
+        wants_units = self.unit == "word" and self.teacher is None
+        own = _read(self.tokenizer, chunk["prompt"], gold, wants_offsets=self.wants_offsets, wants_units=wants_units)
         theirs: list[_Text | None] = [None] * len(own)
         if self.teacher is not None:
-            prompts = [self.teacher.prompts[index] for index in indices]
+            prompts = self.teacher.prompts[indices.start : indices.stop]
             theirs = list(_read(self.teacher.tokenizer, prompts, gold, wants_offsets=True))
         rows: list[Mapping[str, object]] = []
         for row_id, text, student, teacher in zip(indices, gold, own, theirs, strict=True):
@@ -215,7 +208,7 @@ class _Encoder:
     def _row(self, row_id: int, text: str, student: _Text, teacher: _Text | None) -> EncodedRow | None:
         """The row of a text; None where its two sides have nothing in common."""
         if teacher is None:
-            ids, units = self._join(text, student) if text else (student.prompt, [])
+            ids, units = self._join(student) if text else (student.prompt, [])
             unit_ids = [NO_UNIT] * len(student.prompt) + units
             return EncodedRow(input_ids=ids, prompt_length=len(student.prompt), unit_ids=unit_ids, row_id=row_id)
         assert self.teacher is not None
@@ -232,16 +225,16 @@ class _Encoder:
             self.truncated["response truncated"] += 1
         return row
 
-    def _join(self, text: str, side: _Text) -> tuple[list[int], list[int]]:
+    def _join(self, side: _Text) -> tuple[list[int], list[int]]:
         """Ids of the whole row; unit ids of its response and its end-of-text."""
-        ids, offsets = side.response, side.offsets
+        ids = side.response
         room = self.max_length - len(side.prompt)
         fits = len(ids) < room
         if not fits:
             self.truncated["response truncated"] += 1
-            ids, offsets = ids[:room], offsets[:room]
+            ids = ids[:room]
         end = [self.tokenizer.eos_token_id] if fits else []
-        units = list(range(len(ids))) if self.unit == "token" else word_units(text, offsets)
+        units = list(range(len(ids))) if self.unit == "token" else side.units[: len(ids)]
         return side.prompt + ids + end, units + [NO_UNIT] * len(end)
 
 
@@ -273,11 +266,19 @@ def encode_responses(
 
 
 def _read(
-    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], responses: Sequence[str], *, wants_offsets: bool
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    *,
+    wants_offsets: bool,
+    wants_units: bool = False,
 ) -> list[_Text]:
     """Prompts and responses under one tokenizer."""
     encoded = encode_responses(responses, tokenizer, wants_offsets=wants_offsets)
-    return [_Text(prompt, *pair) for prompt, pair in zip(encode_prompts(prompts, tokenizer), encoded, strict=True)]
+    offsets = [own for _, own in encoded]
+    units = word_units_of(responses, offsets) if wants_units else [[] for _ in encoded]
+    prompt_ids = encode_prompts(prompts, tokenizer)
+    return [_Text(prompt, *pair, own) for prompt, pair, own in zip(prompt_ids, encoded, units, strict=True)]
 
 
 def _front_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:

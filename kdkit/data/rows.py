@@ -5,10 +5,11 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kdkit.data.mapped import ROWS_PER_BLOCK, MappedRows, mapped_rows
 from kdkit.data.sources import Record, Source, open_source, quiet_datasets
 from kdkit.data.templates import TEMPLATES, Message, Question, UnusableRow, prompt_renderer
 from kdkit.errors import UserError
@@ -73,10 +74,11 @@ def load_rows(
     require_references: bool = True,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> Rows:
-    """Reads rows of instructions and answers; holds prompts and answers in memory, writes no cache.
+    """Reads rows of instructions and answers into a temporary file that is mapped; writes no cache.
 
     Text is kept as it is. An answer may be a list of texts (the first is the gold one); numbers are
     written as text. In a chat row the last assistant message is the answer, all before it the prompt.
+    Memory holds a block of rows at a time; a .json file alone is parsed as a whole.
 
     Args:
         source: a .jsonl, .json, .csv or .parquet file, a `save_to_disk` folder, or a hub name.
@@ -95,13 +97,10 @@ def load_rows(
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}, expected at least 1 row (or none for all rows)")
-    reading = _Reading(
-        render=prompt_renderer(template, tokenizer),
-        columns=_check_roles(columns or {}),
-        require_references=require_references,
-    )
-    with quiet_datasets():
+    render, roles = prompt_renderer(template, tokenizer), _check_roles(columns or {})
+    with quiet_datasets(), mapped_rows(_features()) as kept:
         opened = open_source(source, split)
+        reading = _Reading(kept, render=render, columns=roles, require_references=require_references)
         reading.read(opened.records, limit)
         reading.check_usable(str(source))
         return reading.rows(opened)
@@ -143,11 +142,15 @@ def _check_roles(columns: Mapping[str, str]) -> Mapping[str, str]:
 class _Reading:
     """The rows kept so far and the count of those that were not."""
 
+    kept: MappedRows
+    _: KW_ONLY
     render: Callable[[Question], str]
     columns: Mapping[str, str]
     require_references: bool
-    prompts: list[str] = field(default_factory=list)
-    references: list[list[str]] = field(default_factory=list)
+    block: list[tuple[str, list[str]]] = field(default_factory=list)
+    """The last of the rows kept, not yet written."""
+    digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+    """Over the rows kept so far."""
     dropped: Counter[str] = field(default_factory=Counter)
     num_read: int = 0
     # A JSON lines file may name its columns anew in each line: the roles are found once per set of names.
@@ -157,14 +160,16 @@ class _Reading:
         for record in records:
             self.num_read += 1
             try:
-                prompt, references = self._row(record)
+                self._keep(self._row(record))
             except UnusableRow as unusable:
                 self.dropped[str(unusable)] += 1
                 continue
-            self.prompts.append(prompt)
-            self.references.append(references)
-            if len(self.prompts) == limit:
+            if self.num_kept == limit:
                 return
+
+    @property
+    def num_kept(self) -> int:
+        return self.kept.num_rows + len(self.block)
 
     def check_usable(self, source: str) -> None:
         """UserError where columns are unknown or no row is left."""
@@ -176,17 +181,23 @@ class _Reading:
                 f"'{source}': {what}; found {', '.join(names) or 'none'}; expected {_EXPECTED}. Say "
                 "which is which in data.columns, such as {instruction: ..., input: ..., output: ...}"
             )
-        if not self.prompts:
+        if not self.num_kept:
             raise UserError(f"'{source}' has no usable row: {self._report()}{self._advice()}")
 
     def rows(self, source: Source) -> Rows:
-        import datasets
+        self._write_block()
+        return Rows(self.kept.dataset(), source.name, self._report(), self.digest.hexdigest())
 
-        text = datasets.Value("string")
-        features = datasets.Features({"prompt": text, "references": datasets.List(text)})
-        table = {"prompt": self.prompts, "references": self.references}
-        dataset = datasets.Dataset.from_dict(table, features=features)
-        return Rows(dataset, source.name, self._report(), self._sha256())
+    def _keep(self, row: tuple[str, list[str]]) -> None:
+        self.digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self.block.append(row)
+        if len(self.block) == ROWS_PER_BLOCK:
+            self._write_block()
+
+    def _write_block(self) -> None:
+        prompts, references = zip(*self.block, strict=True) if self.block else ((), ())
+        self.kept.write({"prompt": prompts, "references": references})
+        self.block = []
 
     def _row(self, record: Record) -> tuple[str, list[str]]:
         names = tuple(record)
@@ -203,18 +214,19 @@ class _Reading:
         return prompt, references
 
     def _report(self) -> RowReport:
-        return RowReport(self.num_read, len(self.prompts), dict(self.dropped.most_common()))
+        return RowReport(self.num_read, self.num_kept, dict(self.dropped.most_common()))
 
     def _advice(self) -> str:
         if self.dropped["no answer"]:
             return "; name the column that holds the answers in data.columns (output)"
         return ""
 
-    def _sha256(self) -> str:
-        digest = hashlib.sha256()
-        for row in zip(self.prompts, self.references, strict=True):
-            digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        return digest.hexdigest()
+
+def _features() -> "datasets.Features":
+    import datasets
+
+    text = datasets.Value("string")
+    return datasets.Features({"prompt": text, "references": datasets.List(text)})
 
 
 def _split_record(parts: Record) -> tuple[Question, list[str]]:

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,7 +134,9 @@ def _read_split(split: str | None) -> tuple[str | None, slice]:
 
 
 def _cut(records: Iterator[Record], rows: slice) -> Iterator[Record]:
-    yield from records if rows == slice(None) else list(records)[rows]
+    """Those rows; all are in memory where they are counted from the end."""
+    is_from_end = any(bound is not None and bound < 0 for bound in (rows.start, rows.stop))
+    yield from list(records)[rows] if is_from_end else islice(records, rows.start, rows.stop)
 
 
 def _read_file(path: Path, split: str | None) -> Iterator[Record]:

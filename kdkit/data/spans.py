@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -75,7 +76,30 @@ def word_units(text: str, offsets: Offsets) -> list[int]:
     return shared_word_units(text, offsets)[0]
 
 
-def shared_word_units(text: str, *sides: Offsets) -> list[list[int]]:
+def word_units_of(texts: Sequence[str], offsets: Sequence[Offsets]) -> list[list[int]]:
+    """`word_units` of each of many texts; one by one, short texts would cost more calls than work.
+
+    Args:
+        texts: what was tokenised.
+        offsets: of each text, as for `word_units`.
+    Returns:
+        Unit ids of each text's tokens.
+    """
+    sizes = np.array([len(text) for text in texts], dtype=np.int64)
+    counts = np.array([len(own) for own in offsets], dtype=np.int64)
+    row = np.repeat(np.arange(len(texts)), counts)  # (tokens of all texts,)
+    begins = np.cumsum(sizes + 1) - (sizes + 1)  # a line break parts the texts, and so their words
+    flat = np.array(list(chain.from_iterable(offsets)), dtype=np.int64).reshape(-1, 2)
+    flat = flat.clip(0, sizes[row, None]) + begins[row, None]
+    units = np.array(shared_word_units("\n".join(texts), flat)[0], dtype=np.int64)
+    first = np.full(len(texts), np.iinfo(np.int64).max)
+    np.minimum.at(first, row[units >= 0], units[units >= 0])
+    own_units = np.where(units < 0, -1, units - first[row]).tolist()
+    ends = np.cumsum(counts).tolist()
+    return [own_units[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
+
+
+def shared_word_units(text: str, *sides: Offsets | np.ndarray) -> list[list[int]]:
     """Word units of the same text under several tokenizers: unit u is the same bytes on all of them.
 
     A unit is a word between whitespace; a token belongs to the word of its first character that is not
@@ -266,7 +290,9 @@ def _word_edges(text: str) -> tuple[np.ndarray, np.ndarray]:
     return starts, is_word & ~starts
 
 
-def _touched_words(edges: tuple[np.ndarray, np.ndarray], offsets: Offsets) -> tuple[np.ndarray, np.ndarray]:
+def _touched_words(
+    edges: tuple[np.ndarray, np.ndarray], offsets: Offsets | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """(tokens,) int twice: the first and the last word that a token has a character of, or -1."""
     starts, continues = edges
     spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).clip(0, len(starts))

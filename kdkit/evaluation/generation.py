@@ -16,6 +16,8 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Pre
 
 from kdkit.data.encoding import encode_prompts
 from kdkit.errors import UserError
+from kdkit.evaluation.cache import roomy_cache
+from kdkit.evaluation.drawing import DrawToken
 from kdkit.runtime import generator, preserved_rng_state
 
 Progress = Callable[[int, int], None]
@@ -116,7 +118,8 @@ def generate_answers(
             rows = order[start : start + settings.batch_size]
             batch = [prompt_ids[row] for row in rows]
             with _keyed_draws(settings, start):
-                written = _answer(language_model, tokenizer, batch, end_ids)
+                draw = _draw_of(settings, start, language_model.device)
+                written = _answer(language_model, tokenizer, batch, end_ids, draw=draw)
             answers |= dict(zip(rows, written, strict=True))
             if progress is not None:
                 progress(len(answers), len(prompts))
@@ -176,7 +179,7 @@ def _generating_with(model: PreTrainedModel, settings: GenerationSettings, end_i
             "top_p": settings.top_p,
             "top_k": 0,  # `generate` would cut to the 50 likeliest by default
         }
-        if settings.sampling_temperature > 0
+        if settings.sampling_temperature > 0 and settings.num_beams > 1
         else {"do_sample": False}
     )
     model.generation_config = GenerationConfig(
@@ -227,15 +230,32 @@ def _check_lengths(prompt_ids: Sequence[Sequence[int]], model: PreTrainedModel, 
         )
 
 
+def _draw_seed(settings: GenerationSettings, start: int) -> int:
+    """What the draws of a batch are keyed by."""
+    return generator(settings.seed, "answers", start).initial_seed()
+
+
 @contextmanager
 def _keyed_draws(settings: GenerationSettings, start: int) -> Iterator[None]:
-    """`generate` draws from the global state only: keyed inside, put back after; greedy decoding draws none."""
-    if settings.sampling_temperature == 0:
+    """Beams draw from the global state only: keyed inside, put back after; nothing else draws from it."""
+    if settings.num_beams == 1 or settings.sampling_temperature == 0:
         yield
         return
     with preserved_rng_state():
-        torch.manual_seed(generator(settings.seed, "answers", start).initial_seed())
+        torch.manual_seed(_draw_seed(settings, start))
         yield
+
+
+def _draw_of(settings: GenerationSettings, start: int, device: torch.device) -> DrawToken | None:
+    """What draws the tokens of a batch; None where `generate` finds them by itself."""
+    if settings.num_beams > 1 or settings.sampling_temperature == 0:
+        return None
+    return DrawToken(
+        temperature=settings.sampling_temperature,
+        top_p=settings.top_p,
+        seed=_draw_seed(settings, start),
+        device=device,
+    )
 
 
 def _answer(
@@ -243,10 +263,20 @@ def _answer(
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: Sequence[Sequence[int]],
     end_ids: list[int],
+    *,
+    draw: DrawToken | None,
 ) -> list[Answer]:
     input_ids, attention_mask = _left_padded(prompt_ids, end_ids[0])
+    settings = model.generation_config
     generate = cast(Callable[..., Tensor], model.generate)
-    output = generate(input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device))
+    output = generate(
+        input_ids=input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        past_key_values=roomy_cache(model, input_ids.shape[1] + settings.max_new_tokens, num_beams=settings.num_beams),
+        logits_processor=None if draw is None else [draw],
+    )
+    if draw is not None and draw.is_lost:
+        raise RuntimeError("a model's scores of the next token are NaN or infinite: look for such weights")
     new_ids = output[:, input_ids.shape[1] :].cpu()  # (B, new)
     is_end = torch.isin(new_ids, torch.tensor(end_ids))
     ended = is_end.any(dim=1)  # (B,)

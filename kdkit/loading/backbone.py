@@ -43,7 +43,8 @@ def backbone_states(
     Args:
         model: a causal language model.
         input_ids: (B, T) on the model's device.
-        attention_mask: (B, T), 1 for a token and 0 for padding on the right; None when nothing is padded.
+        attention_mask: (B, T), 1 for a token and 0 for padding on the right; None when nothing is padded, or where
+            nobody reads the states of padding: a causal model's tokens never look there.
         views: what is asked for besides the last states.
     Returns:
         `States` in the model's compute dtype.

@@ -70,7 +70,9 @@ class AlignmentResult:
     """(B,) detached, 0..1: share of the expected alignment's mass off that alignment's cells."""
 
 
-def pool_units(hidden: Tensor, unit_ids: Tensor, max_units: int) -> tuple[Tensor, Tensor]:
+def pool_units(
+    hidden: Tensor, unit_ids: Tensor, max_units: int, *, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean hidden state of each unit (a word, or whatever `unit_ids` numbers).
 
     Args:
@@ -78,6 +80,8 @@ def pool_units(hidden: Tensor, unit_ids: Tensor, max_units: int) -> tuple[Tensor
         unit_ids: (B, T) integer, ids 0, 1, ... of each sample's units in order, -1 = in no unit;
             hidden states of such tokens are never read.
         max_units: U, the padded number of units, > every id.
+        lengths: (B,) units of each sample, from whoever made the ids: these are then taken as they are, and nothing
+            waits for the device. None: ids are checked and counted.
     Returns:
         units: (B, U, D) float32 (float64 for float64), 0 beyond the lengths and for an id that no
         token bears; lengths: (B,) int64, the highest id + 1.
@@ -90,7 +94,7 @@ def pool_units(hidden: Tensor, unit_ids: Tensor, max_units: int) -> tuple[Tensor
             f"hidden is {tuple(hidden.shape)} and unit_ids {tuple(unit_ids.shape)}; they must be (B, T, D) and (B, T)."
         )
     batch, _, width = hidden.shape
-    if bool(((unit_ids < -1) | (unit_ids >= max_units)).any()):  # the only wait for the device
+    if lengths is None and bool(((unit_ids < -1) | (unit_ids >= max_units)).any()):  # the only wait for the device
         raise ValueError(
             f"unit_ids run from {int(unit_ids.min())} to {int(unit_ids.max())}; allowed: -1 to "
             f"max_units - 1 = {max_units - 1}."
@@ -103,7 +107,7 @@ def pool_units(hidden: Tensor, unit_ids: Tensor, max_units: int) -> tuple[Tensor
     sums = sums.index_add(0, slots, hidden.reshape(-1, width).to(dtype))
     counts = sums.new_zeros(len(sums)).index_add_(0, slots, sums.new_ones(len(slots))).clamp_(min=1)
     units = (sums / counts[:, None]).view(batch, max_units + 1, width)[:, :max_units]
-    return units, F.pad(ids + 1, (0, 1)).amax(1)
+    return units, F.pad(ids + 1, (0, 1)).amax(1) if lengths is None else lengths
 
 
 def alignment_loss(

@@ -20,16 +20,21 @@ Loss               When                                            Range        
 `grouped`, `hybrid` and `uld` see the whole distribution over one token, the first of the span. `span_likelihood` sees
 all tokens of the span, but of each distribution only the outcome that the text took. So either goes together with it.
 
+Without top_k, float32 on the CPU goes through compiled loops where numba is installed, which sort next to nothing:
+`cross_native`.
+
 They neither reduce nor mask. Each is ≥ 0 up to rounding and 0 at equality; gradient flows to the student only.
 """
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdkit.losses import cross_native
 from kdkit.losses.divergences import Loss, forward_kl
 from kdkit.teacher.signal import at_least_float32, bucket_logprobs, log_mass
 
@@ -69,6 +74,11 @@ class VocabularyMatch:
         object.__setattr__(self, "student_rest", student_rest)  # the way to set a frozen field
         object.__setattr__(self, "teacher_rest", teacher_rest)
 
+    @property
+    def has_bucket(self) -> bool:
+        """Whether both sides have unmatched ids; a bucket for them is none that one side could never fill."""
+        return len(self.student_rest) > 0 and len(self.teacher_rest) > 0
+
     def to(self, device: torch.device | str) -> "VocabularyMatch":
         """The same match on a device; itself where it is there already."""
         if self.student_ids.device == torch.empty(0, device=device).device:
@@ -96,7 +106,10 @@ def uld(student_logprobs: Tensor, teacher_logprobs: Tensor, *, top_k: int | None
         a term of its own.
     """
     _check_top_k(top_k)
-    return _ranked_distance(at_least_float32(student_logprobs), at_least_float32(teacher_logprobs.detach()), top_k)
+    student, teacher = at_least_float32(student_logprobs), at_least_float32(teacher_logprobs.detach())
+    if top_k is None and cross_native.takes(student, teacher):
+        return cross_native.ranked_distance(student, teacher)
+    return _ranked_distance(student, teacher, top_k)
 
 
 def span_likelihood(student_logprobs: Tensor, teacher_logprobs: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -162,6 +175,8 @@ def hybrid(
             f"{match.student_width} and {match.teacher_width}: make it for the width of the models' logits"
         )
     student, teacher = at_least_float32(student_logprobs), at_least_float32(teacher_logprobs.detach())
+    if top_k is None and cross_native.takes(student, teacher):
+        return _native_hybrid(student, teacher, match=match, loss=loss, unmatched_weight=unmatched_weight)
     student_rest = student.index_select(-1, match.student_rest)  # (N, V − C)
     teacher_rest = teacher.index_select(-1, match.teacher_rest)  # (N, W − C)
     columns = _matched_columns(student, teacher, (student_rest, teacher_rest), match=match, top_k=top_k)
@@ -170,6 +185,23 @@ def hybrid(
         return value
     mass_gap = 0.0 if top_k is None else student_rest.exp().sum(-1) - teacher_rest.exp().sum(-1)  # (N,)
     return value + unmatched_weight * _ranked_distance(student_rest, teacher_rest, top_k, mass_gap)
+
+
+def _native_hybrid(
+    student: Tensor, teacher: Tensor, *, match: VocabularyMatch, loss: Loss, unmatched_weight: float
+) -> Tensor:
+    """`hybrid` without top_k, by compiled loops."""
+    has_bucket = match.has_bucket
+    *columns, distance = cross_native.compare(
+        student,
+        teacher,
+        student_ids=(match.student_ids, match.student_rest),
+        teacher_ids=(match.teacher_ids, match.teacher_rest),
+        with_bucket=has_bucket,
+        with_distance=unmatched_weight != 0,
+    )  # (N, C + 1) or (N, C) twice, (N,)
+    value = loss(*columns if has_bucket else (side.log_softmax(-1) for side in columns))  # (N,)
+    return value if unmatched_weight == 0 else value + unmatched_weight * distance
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,6 +235,13 @@ class GroupedIds:
             )
         object.__setattr__(self, "members", (ids >= 0).nonzero().squeeze(-1))  # the way to set a frozen field
         object.__setattr__(self, "free", (ids < 0).nonzero().squeeze(-1))
+
+    @cached_property
+    def in_order(self) -> tuple[Tensor, Tensor]:
+        """(M,) int64 members in the order of their groups; (G + 1,) where each group begins among them, and M."""
+        order = self.group_ids[self.members].argsort(stable=True)  # (M,)
+        sizes = self.group_ids[self.members].bincount(minlength=self.num_groups)  # (G,)
+        return self.members[order], F.pad(sizes.cumsum(0), (1, 0))
 
     def to(self, device: torch.device | str) -> "GroupedIds":
         """The same on a device."""
@@ -287,8 +326,15 @@ def group_logprobs(logprobs: Tensor, ids: GroupedIds) -> Tensor:
         ids: which of the V are in which of G groups, on the same device.
     Returns:
         (N, G + R) float32, float64 for float64, for R ids in no group; a group of one is that id.
+    Raises:
+        ValueError: the groups are of another number of ids.
     """
+    if logprobs.shape[-1] != len(ids.group_ids):
+        raise ValueError(f"{logprobs.shape[-1]} ids, in groups of {len(ids.group_ids)}: make groups for this width")
     precise = at_least_float32(logprobs)
+    if cross_native.takes(precise):
+        members, starts = ids.in_order
+        return cross_native.group_logprobs(precise, members=members, starts=starts, free=ids.free)
     kept = precise.index_select(-1, ids.members).clamp_min(_LEFT_OUT)  # (N, M)
     slots = ids.group_ids.index_select(0, ids.members).expand(len(kept), -1)  # (N, M)
     largest = kept.new_full((len(kept), ids.num_groups), _LEFT_OUT)
@@ -326,7 +372,7 @@ def _matched_columns(
         return bucket_logprobs(student, student_ids), bucket_logprobs(teacher, teacher_ids)
     student_matched = student.index_select(-1, match.student_ids)  # (N, C)
     teacher_matched = teacher.index_select(-1, match.teacher_ids)  # (N, C)
-    if not len(match.student_rest) or not len(match.teacher_rest):  # a bucket that one side could never fill
+    if not match.has_bucket:
         return student_matched.log_softmax(-1), teacher_matched.log_softmax(-1)
     student_rest, teacher_rest = rests
     return _with_bucket(student_matched, student_rest), _with_bucket(teacher_matched, teacher_rest)  # (N, C + 1)

@@ -11,7 +11,7 @@ alike. Here they exist for a few positions at a time, and their gradient goes st
         gradients by hidden states, weight and bias, summed in float32
 
 The gradients are thus known when the forward pass ends; the backward pass multiplies them by what comes from
-above.
+above and hands them over. Asked for again, they are computed again.
 """
 
 from collections.abc import Sequence
@@ -19,21 +19,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kdkit.losses.blocks import Solver, solver_for
 from kdkit.losses.checks import check_task
 from kdkit.losses.divergences import Loss, resolve_loss
 from kdkit.losses.spans import Spans, pieces
-from kdkit.losses.terms import DivergenceTerm, Tally, Task, Term, block_objective
-from kdkit.teacher.signal import Head, TeacherSignal, at_least_float32, compute_dtype
+from kdkit.losses.terms import DivergenceTerm, ScaledGradient, Tally, Task, Term, block_objective
+from kdkit.teacher.signal import Head, Room, TeacherSignal, at_least_float32, compute_dtype
 
-# Entries of the logits that the losses take at a time. A chunk is long for the sake of the matrix products, as the
-# weight's gradient, (V, H), is read and written once per chunk; the losses hold several copies of what they work on.
-# On a CPU these should fit its cache, elsewhere they should only be large against the cost of starting a kernel.
-BLOCK_ENTRIES = {"cpu": 2**20}
-BLOCK_ENTRIES_ELSEWHERE = 2**22
 # The pieces that chunks and blocks are; a count of memory, to which one is as good as another, takes a few of them.
 walk = pieces
 
@@ -60,6 +55,7 @@ def head_pass(
     chunk_tokens: int = 256,
     extras: Sequence[str] = (),
     spans: Spans | None = None,
+    backend: str | None = None,
 ) -> HeadPassResult:
     """Sum of all terms over the vocabulary, without the logits of all positions at once.
 
@@ -80,12 +76,15 @@ def head_pass(
             "label_logprobs" (the student's log-probability of the first label term's targets).
         spans: the spans that the N positions are made of, where a CrossTerm or SpanTerm counts them. Chunks then end
             where a span ends; one longer than chunk_tokens makes its chunk longer.
+        backend: what the losses run on between the matrix products, a name of `kdkit.losses.blocks.BACKENDS`; None =
+            "native" on a CPU and "cuda" on a CUDA card where they can do the pass, else "torch"; the log says once
+            which and why.
     Returns:
         Total, parts and extras, float32 (float64 for float64). The total depends on the inputs even where N = 0
         or all weights are 0: its gradient is then zero, which keeps distributed training in step.
     Raises:
         ValueError: shapes, names or vocabulary widths that do not go together; a term or extra that needs what
-            is not there; a temperature that the signal does not hold.
+            is not there; a temperature that the signal does not hold; a backend that cannot do the pass.
         RuntimeError: on differentiating the gradient, or a weighted term whose loss has none.
     """
     if student_hidden.dim() != 2 or student_hidden.shape[1] != student_head.weight.shape[1]:
@@ -100,7 +99,7 @@ def head_pass(
         inputs = tuple(None if tensor is None else tensor.detach() for tensor in inputs)
     if task.is_empty:
         return HeadPassResult(_zero_of(*inputs), {}, {})
-    total, parts, *found = _HeadPass.apply(*inputs, task)
+    total, parts, *found = _HeadPass.apply(*inputs, task, backend)
     return _result(task, total, parts=parts, extras=dict(zip(task.extra_names, found, strict=True)))
 
 
@@ -151,6 +150,7 @@ def linear_divergence(
     chunk_tokens: int = 256,
     temperature: float = 1.0,
     token_weights: Tensor | None = None,
+    backend: str | None = None,
     **own: float,
 ) -> Tensor:
     """One divergence summed over positions, the one-term form of `head_pass`.
@@ -163,6 +163,7 @@ def linear_divergence(
         chunk_tokens: positions whose logits exist at a time.
         temperature: divides both sides' logits.
         token_weights: (N,) factor per position; None is 1 everywhere.
+        backend: as in `head_pass`.
         **own: the loss's own arguments, such as alpha.
     Returns:
         Scalar, the sum (not the mean) over positions, with gradient; not multiplied by temperature².
@@ -170,28 +171,20 @@ def linear_divergence(
         ValueError: as `head_pass`; unknown loss.
     """
     term = DivergenceTerm("divergence", resolve_loss(loss, **own), temperature=temperature, token_weights=token_weights)
-    return head_pass(student_hidden, student_head, signal, [term], chunk_tokens=chunk_tokens).total
+    return head_pass(student_hidden, student_head, signal, [term], chunk_tokens=chunk_tokens, backend=backend).total
 
 
 class _HeadPass(torch.autograd.Function):
-    """The walk over chunks."""
+    """The walk over chunks, which finds the gradients too."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: Task) -> tuple[Tensor, ...]:
-        dtype, num_positions, num_ids = compute_dtype(hidden, weight), len(hidden), task.head.num_ids
-        head_weight = weight[:num_ids].to(dtype)  # (V', H), cast once
-        head_bias = None if bias is None else bias[:num_ids].to(dtype)  # (V',)
-        tally = Tally.zeros(task, num_positions, like=head_weight)
-        gradients = _Gradients.zeros((hidden, weight, bias), ctx.needs_input_grad[:3], dtype=tally.values.dtype)
-        for rows in walk(slice(0, num_positions), task.chunk_tokens, task.spans):
-            chunk = hidden[rows].to(dtype)  # (n, H)
-            logits = F.linear(chunk, head_weight, head_bias)  # (n, V')
-            row_scale = _walk_blocks(logits, task, rows, tally=tally, gradients=gradients)
-            if row_scale is not None:
-                gradients.add_products(rows, logits, row_scale=row_scale, hidden=chunk, weight=head_weight)
-            del logits  # before the next chunk's are made
-        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: Task, backend: str | None
+    ) -> tuple[Tensor, ...]:
+        dtype, needed = compute_dtype(hidden, weight), ctx.needs_input_grad[:3]
+        tally, gradients = _walk_chunks((hidden, weight, bias), needed, task, backend, dtype=dtype)
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.given, ctx.found = (task, backend, dtype), gradients
         parts = tally.parts()  # (number of terms,)
         ctx.mark_non_differentiable(parts, *tally.extras.values())
         return _total(task, parts), parts, *tally.extras.values()
@@ -199,23 +192,56 @@ class _HeadPass(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if x is None else (x * grad).to(dtype) for x, dtype in saved), None
+        inputs, gradients = ctx.saved_tensors, ctx.found
+        if gradients is None:  # asked for again: the pass is done again
+            task, backend, dtype = ctx.given
+            gradients = _walk_chunks(inputs, ctx.needs_input_grad[:3], task, backend, dtype=dtype)[1]
+        ctx.found = None
+        # In place, and without a reference left: a copy of the weight's, (V, H), would be the peak of a training step.
+        pairs = zip((gradients.hidden, gradients.weight, gradients.bias), inputs, strict=True)
+        return *(None if x is None else x.mul_(grad).to(like.dtype) for x, like in pairs), None, None
 
 
-def _walk_blocks(logits: Tensor, task: Task, rows: slice, *, tally: Tally, gradients: "_Gradients") -> Tensor | None:
+def _walk_chunks(
+    inputs: tuple[Tensor, Tensor, Tensor | None],
+    needed: Sequence[bool],
+    task: Task,
+    backend: str | None,
+    *,
+    dtype: torch.dtype,
+) -> tuple[Tally, "_Gradients"]:
+    """What the terms find, and the gradients of their weighted sum by the inputs, products being in a dtype."""
+    hidden, weight, bias = inputs
+    num_positions, num_ids = len(hidden), task.head.num_ids
+    head_weight = weight[:num_ids].to(dtype)  # (V', H), cast once
+    head_bias = None if bias is None else bias[:num_ids].to(dtype)  # (V',)
+    tally = Tally.zeros(task, num_positions, like=head_weight)
+    gradients = _Gradients.zeros(inputs, needed, dtype=tally.values.dtype)
+    solver, room = solver_for(backend, task, like=head_weight), Room()
+    for rows in walk(slice(0, num_positions), task.chunk_tokens, task.spans):
+        chunk = hidden[rows].to(dtype)  # (n, H)
+        logits = room.product(chunk, head_weight, head_bias)  # (n, V')
+        row_scale = _walk_blocks(logits, solver, task, rows, tally=tally, gradients=gradients)
+        if row_scale is not None:
+            gradients.add_products(rows, logits, row_scale=row_scale, hidden=chunk, weight=head_weight)
+    return tally, gradients
+
+
+def _walk_blocks(
+    logits: Tensor, solver: Solver, task: Task, rows: slice, *, tally: Tally, gradients: "_Gradients"
+) -> Tensor | None:
     """Put the gradient by a chunk's logits in their place; the (n, 1) factor taken out, None if none is formed."""
     teacher = task.teacher_rows(rows, logits.device)
     form = gradients.wanted and task.has_weight
     row_scale = at_least_float32(logits.new_ones(len(logits), 1))  # (n, 1)
-    entries = BLOCK_ENTRIES.get(logits.device.type, BLOCK_ENTRIES_ELSEWHERE)
     num_ids = logits.shape[-1] if teacher is None else max(logits.shape[-1], teacher.num_ids)
-    size = max(1, entries // num_ids)  # rows of a block
+    size = max(1, solver.block_entries // num_ids)  # rows of a block
     for piece in walk(rows, size, task.spans):
         block = _within(piece, rows)
         known = _within(task.signal_rows(piece), task.signal_rows(rows))
-        gradient = _block_gradient(
-            logits[block],
+        product = logits[block]  # (r, V')
+        gradient = solver.gradient(
+            product,
             None if teacher is None else teacher.rows(known.start, known.stop, logits.device),
             task,
             rows=piece,
@@ -225,22 +251,27 @@ def _walk_blocks(logits: Tensor, task: Task, rows: slice, *, tally: Tally, gradi
         if gradient is None:
             continue
         if gradients.bias is not None:
-            gradients.bias[: gradient.shape[-1]] += gradient.sum(0)
-        if _is_half(logits.dtype):  # each row as large as the dtype likes it: small entries survive
-            row_scale[block] = _power_of_two(torch.linalg.vector_norm(gradient, torch.inf, -1, keepdim=True))
-            gradient /= row_scale[block]
-        logits[block] = gradient
+            gradients.bias[: logits.shape[-1]] += _sum_of_rows(gradient)
+        if isinstance(gradient, Tensor) and _is_half(logits.dtype):
+            gradient = _scaled(gradient)
+        if isinstance(gradient, ScaledGradient):
+            row_scale[block] = gradient.row_scale
+            gradient = gradient.units
+        if gradient is not product:
+            product.copy_(gradient)
     return row_scale if form else None
 
 
-def _block_gradient(
-    product: Tensor, teacher: TeacherSignal | None, task: Task, *, rows: slice, tally: Tally, form: bool
-) -> Tensor | None:
-    """Gradient of the weighted sum over a block by the head's product `W h + b`, (r, V'); None unless `form`."""
-    leaf = at_least_float32(product).detach().requires_grad_(form)  # (r, V')
-    with torch.set_grad_enabled(form):
-        objective = block_objective(task.head.finish(leaf), teacher, task, rows=rows, tally=tally)
-    return torch.autograd.grad(objective, leaf)[0] if form else None
+def _sum_of_rows(gradient: Tensor | ScaledGradient) -> Tensor:
+    if isinstance(gradient, Tensor):
+        return gradient.sum(0)
+    return (gradient.units * gradient.row_scale).sum(0)
+
+
+def _scaled(gradient: Tensor) -> ScaledGradient:
+    """The same in units of each row's own, ready for half precision; overwrites it."""
+    row_scale = _power_of_two(torch.linalg.vector_norm(gradient, torch.inf, -1, keepdim=True))
+    return ScaledGradient(gradient.div_(row_scale), row_scale)
 
 
 @dataclass(frozen=True, eq=False)

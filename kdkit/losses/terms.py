@@ -12,7 +12,15 @@ from torch import Tensor
 from kdkit.losses.cross_tokenizer import span_likelihood
 from kdkit.losses.divergences import Loss
 from kdkit.losses.spans import Spans
-from kdkit.teacher.signal import Head, TeacherSignal, at_least_float32, bucket_logprobs, tempered_logprobs
+from kdkit.teacher.signal import (
+    Head,
+    LiveSignal,
+    Room,
+    TeacherSignal,
+    at_least_float32,
+    bucket_logprobs,
+    tempered_logprobs,
+)
 
 TEACHER_ENTROPY, LABEL_LOGPROBS = "teacher_entropy", "label_logprobs"
 
@@ -152,11 +160,18 @@ class Task:
         if self.signal is None or not self.needs_teacher:
             return None
         known = self.signal_rows(rows)
+        if isinstance(self.signal, LiveSignal):  # what is kept of a chunk is made of its logits anew, by `logprobs_at`
+            return self.signal.rows(known.start, known.stop, device, self._room)
         return self.signal.rows(known.start, known.stop, device)
 
     def starts_within(self, rows: slice) -> Tensor:
         """(s,) the first position of each span, counted from the first of `rows`."""
         return self._span_starts[self.spans_within(rows)] - rows.start
+
+    @cached_property
+    def _room(self) -> Room:
+        """Memory for the teacher's logits of a chunk."""
+        return Room()
 
     @cached_property
     def _span_starts(self) -> Tensor:
@@ -185,6 +200,16 @@ class Tally:
     def parts(self) -> Tensor:
         """(number of terms,) each term's sum."""
         return self.values.sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledGradient:
+    """A gradient of which each row is as large as half precision likes it: small entries survive."""
+
+    units: Tensor
+    """(r, V')"""
+    row_scale: Tensor
+    """(r, 1) float32 factors on the rows."""
 
 
 def block_objective(logits: Tensor, teacher: TeacherSignal | None, task: Task, *, rows: slice, tally: Tally) -> Tensor:

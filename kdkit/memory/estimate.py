@@ -446,8 +446,7 @@ class _Estimate:
 
     def _writing(self) -> Parts:
         """The student's own text to the prompts of a step, all of them together unless the config says how many."""
-        rollout, optim = self.config.rollout, self.config.optim
-        rows = rollout.batch_size or optim.batch_size * optim.accumulation
+        rollout, rows = self.config.rollout, self.config.rows_written_together
         length = self.config.data.max_prompt_length + rollout.max_new_tokens
         return self._generation(rows=rows * rollout.num_beams, length=length, number=self._number)
 

@@ -23,7 +23,7 @@ from kdkit.data.batch import Batch, DistillCollator, EncodedRow, batch_tensors
 from kdkit.errors import UserError
 from kdkit.loading import head_of, head_width
 from kdkit.losses import GroupedIds, HeadPassResult, VocabularyGroups, VocabularyMatch
-from kdkit.losses.head_pass import BLOCK_ENTRIES, BLOCK_ENTRIES_ELSEWHERE
+from kdkit.losses.blocks import BLOCK_ENTRIES, BLOCK_ENTRIES_ELSEWHERE
 from kdkit.losses.spans import Spans
 from kdkit.memory.counting import LiveBytes
 from kdkit.memory.generation import answer
@@ -246,7 +246,7 @@ class _Run:
                 with self._averaged():
                     answer(student, num_rows, data.max_prompt_length, evaluation.max_new_tokens)
             if rollout.is_on:
-                rows = rollout.batch_size or self.config.optim.batch_size * self.config.optim.accumulation
+                rows = self.config.rows_written_together
                 with self._autocast():
                     answer(student, rows * rollout.num_beams, data.max_prompt_length, rollout.max_new_tokens)
         del student, self.model, self.optimizer, self.average

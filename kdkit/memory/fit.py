@@ -166,7 +166,7 @@ def _with_room_to_answer(
     """The plan with as many rows answered together, up to those of the config, as fit."""
     rows = {"evaluation.batch_size": max(stage.evaluation.batch_size for stage in stages.values())}
     if any(stage.rollout.is_on for stage in stages.values()):
-        rows["rollout.batch_size"] = max(_rows_written(stage) for stage in stages.values())
+        rows["rollout.batch_size"] = max(stage.rows_written_together for stage in stages.values())
     while True:
         tried = {**changes, **rows}
         plan = plan_stages({name: _changed(stage, tried) for name, stage in stages.items()}, card, pair=pair)
@@ -177,11 +177,6 @@ def _with_room_to_answer(
         if not smaller:
             return tried, plan
         rows |= smaller
-
-
-def _rows_written(config: DistillConfig) -> int:
-    """Prompts that the student answers together while it trains."""
-    return config.rollout.batch_size or config.optim.batch_size * config.optim.accumulation
 
 
 def _changed(config: DistillConfig, changes: Changes) -> DistillConfig:
@@ -200,7 +195,7 @@ def _different(config: DistillConfig, changes: Changes) -> Changes:
         part, _, name = field.partition(".")
         return getattr(getattr(config, part), name)
 
-    own = {"rollout.batch_size": _rows_written(config)}  # what None stands for
+    own = {"rollout.batch_size": config.rows_written_together}  # what None stands for
     return {
         name: value
         for name, value in changes.items()

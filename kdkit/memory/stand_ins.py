@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -70,7 +71,9 @@ class CardKernels(TorchFunctionMode):
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        if enable_gqa and not self.has_flash_attention:  # as `kdkit.loading.attention` does on such a card
+        if enable_gqa and self.has_flash_attention:
+            return _SharedKeys.apply(query, key, value)
+        if enable_gqa:  # as `kdkit.loading.attention` does on a card without
             groups = query.shape[1] // key.shape[1]
             key, value = (shared.repeat_interleave(groups, dim=1) for shared in (key, value))
         if attn_mask is not None:
@@ -81,6 +84,26 @@ class CardKernels(TorchFunctionMode):
         return torch.ops.aten._scaled_dot_product_efficient_attention(
             query, key, value, attn_mask, keeps_sums, dropout_p, is_causal, scale=scale
         )[0]
+
+
+class _SharedKeys(torch.autograd.Function):
+    """The flash kernel with keys that heads share: it reads them as they are; only its gradients are of every head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:3], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, *_ = ctx.saved_tensors
+        batch, heads, _, width = query.shape
+        of_heads = [query.new_empty(batch, heads, key.shape[2], width) for _ in range(2)]
+        shared = (batch, key.shape[1], heads // key.shape[1], *key.shape[2:])
+        by_key, by_value = (gradient.view(shared).sum(2) for gradient in of_heads)
+        return torch.empty_like(query), by_key, by_value
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

@@ -9,6 +9,7 @@ From the ground up:
     reference       backend "reference": naive float64 loops, the definition
     anti_diagonal   backend "torch": CPU and CUDA (MPS has no float64)
     native          backend "native": compiled by numba for the CPU; `_kernels` has the loops
+    cuda            backend "cuda": compiled for the card at hand; `cuda.cu` has the kernels
     packed          what a backend may keep of an alignment instead of (B, N, M)
 """
 
@@ -16,6 +17,7 @@ from kdkit.softdtw.api import (
     BACKENDS,
     Backend,
     expected_alignment,
+    fastest_backend,
     soft_dtw,
     soft_dtw_and_alignment,
 )
@@ -29,6 +31,7 @@ __all__ = [
     "Backend",
     "diagonal_path",
     "expected_alignment",
+    "fastest_backend",
     "pairwise_cost",
     "soft_dtw",
     "soft_dtw_and_alignment",

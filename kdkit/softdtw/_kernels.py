@@ -18,11 +18,12 @@ count from the end), whole lanes, at most one reduction. `tests/benchmarks/test_
 """
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 from numba import njit
 from numpy.polynomial import Chebyshev, Polynomial
+
+from kdkit.compiled import compiled
 
 Array = np.ndarray
 Plan = tuple[Array, Array, Array]
@@ -49,16 +50,6 @@ ONE_BITS = np.int32(0x3F800000)
 LEAST_SHARE = np.int32(127 - 32)
 """Predecessors 2^-32 below the largest count as 0: float32 cannot tell, and no product becomes denormal."""
 LEAST_MASS = np.float32(1e-24)
-
-
-def compiled(function: Callable) -> Callable:
-    """The function in machine code, kept on disk where a folder can be written to."""
-    # Of the "fast" rules only those that change no value by more than a rounding: no NaN is assumed away.
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # numba found no such folder
-        return njit(**options)(function)
 
 
 @njit(inline="always")
@@ -91,7 +82,7 @@ def _power_of_two(exponent: np.int32) -> np.float32:
     return np.int32(biased << np.int32(23)).view(np.float32)
 
 
-@compiled
+@compiled()
 def count_cells(lengths_n: Array, lengths_m: Array, band: int, starts: Array) -> None:
     """Into starts (B + 1,): where each sample's packed cells begin."""
     starts[0] = 0
@@ -114,7 +105,7 @@ def num_slots(lengths_n: Array, lengths_m: Array, counts: Array, keep: bool) -> 
     return 2 * GUARD + int(needed.max(initial=0))
 
 
-@compiled
+@compiled()
 def _plan_rows(n: int, m: int, band: int) -> Plan:
     """Of each row: first and last admissible column, and the packed slot that column 0 has or would have."""
     first, last, slot = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
@@ -126,7 +117,7 @@ def _plan_rows(n: int, m: int, band: int) -> Plan:
     return first, last, slot
 
 
-@compiled
+@compiled()
 def _plan_diagonals(n: int, m: int, band: int, keep: bool) -> Plan:
     """Of each anti-diagonal: first and last admissible row, and the share slot of the first; all share one
     if they need not be kept."""
@@ -141,7 +132,7 @@ def _plan_diagonals(n: int, m: int, band: int, keep: bool) -> Plan:
     return first, last, slot
 
 
-@compiled
+@compiled()
 def _skew(cost: Array, rows: Plan, a: int, limits: tuple[int, int], block: Array) -> None:
     """The costs of rows limits[0] to limits[1] on anti-diagonals a to a + DEPTH - 1, one of them a row of block."""
     first, last, _ = rows
@@ -156,7 +147,7 @@ def _skew(cost: Array, rows: Plan, a: int, limits: tuple[int, int], block: Array
                 block[column - j, i] = cost[i, column]
 
 
-@compiled
+@compiled()
 def _unskew(block: Array, rows: Plan, a: int, limits: tuple[int, int], cells: Array) -> None:
     """The way back from block to the packed cells."""
     first, last, slot = rows
@@ -171,7 +162,7 @@ def _unskew(block: Array, rows: Plan, a: int, limits: tuple[int, int], cells: Ar
                 cells[slot[i] + column] = block[column - j, i]
 
 
-@compiled
+@compiled()
 def _forward(
     cost: Array, rows: Plan, diagonals: Plan, scale: float, share_up: Array, share_left: Array
 ) -> tuple[np.float32, np.int32, bool]:
@@ -238,7 +229,7 @@ def _forward(
     return mantissas[end], exponents[end], misfit != 0
 
 
-@compiled
+@compiled()
 def _backward(rows: Plan, diagonals: Plan, share_up: Array, share_left: Array, cells: Array) -> None:
     """Expected alignment of a sample that some path crosses, packed."""
     first, last, slot = diagonals
@@ -278,7 +269,7 @@ def _backward(rows: Plan, diagonals: Plan, share_up: Array, share_left: Array, c
         after, second = spare, spare + width
 
 
-@compiled
+@compiled()
 def _solve_sample(
     cost: Array, n: int, m: int, band: int, gamma: float, shares: Array, cells: Array
 ) -> tuple[float, bool]:
@@ -300,7 +291,7 @@ def _solve_sample(
     return -gamma * math.log(2.0) * (exponent + math.log2(np.float64(mantissa))), misfit
 
 
-@compiled
+@compiled()
 def solve(
     cost: Array,
     lengths_n: Array,
@@ -334,7 +325,7 @@ def solve(
             values[b], misfits[b] = _solve_sample(cost[b], lengths_n[b], lengths_m[b], band, gamma, shares, own)
 
 
-@compiled
+@compiled()
 def pack_sample(alignment: Array, n: int, m: int, band: int, cells: Array) -> None:
     """The admissible cells of a (N, M) alignment, packed."""
     first, last, slot = _plan_rows(n, m, band)
@@ -343,7 +334,7 @@ def pack_sample(alignment: Array, n: int, m: int, band: int, cells: Array) -> No
             cells[slot[i] + j] = alignment[i, j]
 
 
-@compiled
+@compiled()
 def _spread_sample(cells: Array, n: int, m: int, band: int, factor: np.float32, out: Array) -> None:
     """One sample of `spread`."""
     first, last, slot = _plan_rows(n, m, band)
@@ -359,7 +350,7 @@ def _spread_sample(cells: Array, n: int, m: int, band: int, factor: np.float32, 
     out[n:] = zero
 
 
-@compiled
+@compiled()
 def spread(
     cells: Array,
     lengths_n: Array,

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from kdkit.softdtw import anti_diagonal, native, reference
+from kdkit import compiled
+from kdkit.softdtw import anti_diagonal, cuda, native, reference
 from kdkit.softdtw.packed import PackedAlignment, dense
 
 logger = logging.getLogger(__name__)
@@ -69,8 +70,9 @@ def soft_dtw(
         gamma: smoothing, in units of the cost, > 0; -> 0 is hard DTW.
         band: half-width >= 1 of the slope-corrected band of `kdkit.softdtw.band`, in rows or
             columns; None = every cell.
-        backend: a name of `BACKENDS` or a callable like one; None = "native" for float32 on the CPU
-            where numba is installed, else "torch"; the log says so once.
+        backend: a name of `BACKENDS` or a callable like one; None = for float32 "native" on the CPU
+            where numba is installed and "cuda" on CUDA where its kernels can be compiled, else
+            "torch"; the log says so once.
     Returns:
         (B,) float32 (float64 for a float64 cost), not normalised by length. 0 with gradient 0
         for a sample with an empty side; inf with gradient 0 where +inf costs leave no path; NaN
@@ -212,21 +214,35 @@ def _fastest(
 ) -> tuple[Tensor, Tensor | PackedAlignment | None]:
     """The backend that is the fastest for such a cost on this machine."""
     # A subclass, such as a tensor without values, may have no memory for compiled loops to read.
-    name = _fastest_name(cost.device.type, cost.dtype) if type(cost) is Tensor else "torch"
+    name = _fastest_name(cost.device, cost.dtype) if type(cost) is Tensor else "torch"
     return BACKENDS[name](cost, lengths_n, lengths_m, gamma=gamma, band=band, with_alignment=with_alignment)
 
 
 @cache
-def _fastest_name(device_type: str, dtype: torch.dtype) -> str:
+def _fastest_name(device: torch.device, dtype: torch.dtype) -> str:
     """A name of `BACKENDS`; the log says which and why, once for each device and dtype."""
-    if device_type != "cpu" or dtype != torch.float32:
-        name, reason = "torch", f"the compiled one is for float32 on the CPU, not {dtype} on {device_type}"
-    elif native.is_installed():
-        name, reason = "native", "numba is installed; its first call on a machine compiles for some seconds"
-    else:
-        name, reason = "torch", 'numba is missing, which makes the faster "native": pip install "kdkit[fast]"'
+    name, reason = fastest_backend(device, dtype)
     logger.info("soft-DTW runs on backend %r: %s", name, reason)
     return name
+
+
+def fastest_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+    """Which backend `backend=None` takes on a device, and why.
+
+    Args:
+        device: of the cost. On CUDA this compiles and loads the kernels, which the first call would do.
+        dtype: of the cost; half precision counts as float32.
+    Returns:
+        A name of `BACKENDS` and the reason.
+    """
+    if dtype != torch.float32 or device.type not in ("cpu", "cuda"):
+        return "torch", f"the compiled ones are for float32 on the CPU or CUDA, not {dtype} on {device.type}"
+    if device.type == "cuda":
+        problem = cuda.problem(device)
+        return ("cuda", "its kernels are compiled for this card") if problem is None else ("torch", problem)
+    if compiled.is_installed():
+        return "native", "numba is installed; its first call on a machine compiles for some seconds"
+    return "torch", 'numba is missing, which makes the faster "native": pip install "kdkit[fast]"'
 
 
 def _checked(cost: Tensor, lengths_n: Tensor | None, lengths_m: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -273,5 +289,6 @@ BACKENDS: dict[str, Backend] = {
     "reference": reference.align,
     "torch": anti_diagonal.align,
     "native": native.align,
+    "cuda": cuda.align,
 }
-"""Every backend by name; "native" needs numba."""
+"""Every backend by name; "native" needs numba, "cuda" a CUDA device and NVRTC."""

@@ -6,17 +6,14 @@ for each admissible cell of the largest sample.
 """
 
 import itertools
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from importlib.util import find_spec
 from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kdkit import compiled
 from kdkit.softdtw import anti_diagonal
 from kdkit.softdtw.packed import PackedAlignment
 
@@ -25,11 +22,6 @@ CHUNK_CELLS = 16_384
 
 Sizes = tuple[np.ndarray, np.ndarray, int]
 """Both lengths, (B,) each, and the band, 0 for none."""
-
-
-def is_installed() -> bool:
-    """Whether numba can be found; it is not imported."""
-    return find_spec("numba") is not None
 
 
 def align(
@@ -79,7 +71,7 @@ def align(
 @cache
 def _kernels() -> ModuleType:
     """The compiled loops, from disk after the first time on a machine."""
-    if not is_installed():
+    if not compiled.is_installed():
         raise ValueError('backend "native" needs numba, which is missing: pip install "kdkit[fast]", or name another.')
     from kdkit.softdtw import _kernels
 
@@ -100,7 +92,7 @@ def _solve(
     def solve(begin: int, end: int, thread: int) -> None:
         kernels.solve(cost, *sizes, gamma, starts, begin, end, shares[thread], values, misfits, cells)
 
-    _share_out(solve, chunks, num_threads)
+    compiled.share_out(solve, chunks, num_threads)
     return values, misfits
 
 
@@ -114,7 +106,7 @@ def _spread(cells: Tensor, factors: Tensor, *, sizes: Sizes, starts: np.ndarray,
         kernels.spread(packed, *sizes, factor, starts, begin, end, laid_out)
 
     chunks = _chunks(starts)
-    _share_out(spread, chunks, min(torch.get_num_threads(), len(chunks)))
+    compiled.share_out(spread, chunks, min(torch.get_num_threads(), len(chunks)))
     return out
 
 
@@ -123,24 +115,3 @@ def _chunks(starts: np.ndarray) -> list[tuple[int, int]]:
     num_cells = max(CHUNK_CELLS, int(starts[-1]) // (4 * torch.get_num_threads()))
     cuts = np.searchsorted(starts[:-1], np.arange(num_cells, starts[-1], num_cells)).tolist()
     return list(itertools.pairwise(sorted({0, *cuts, len(starts) - 1})))
-
-
-def _share_out(task: Callable[[int, int, int], None], chunks: list[tuple[int, int]], num_threads: int) -> None:
-    """task(begin, end, thread) for every chunk; the compiled loops run without the GIL."""
-    waiting = iter(chunks)
-
-    def work(thread: int) -> None:
-        for begin, end in waiting:  # one iterator for all threads: each takes what is next
-            task(begin, end, thread)
-
-    helpers = [_pool(num_threads, os.getpid()).submit(work, thread) for thread in range(1, num_threads)]
-    work(0)
-    for helper in helpers:
-        if not helper.cancel():  # one that has not begun finds nothing left to do
-            helper.result()
-
-
-@cache
-def _pool(num_threads: int, _process: int) -> ThreadPoolExecutor:
-    """Threads beside the calling one; a forked process has to have its own."""
-    return ThreadPoolExecutor(num_threads - 1, thread_name_prefix="kdkit-softdtw")

@@ -119,13 +119,16 @@ class LiveTeacher:
         return asked
 
     def _see(self, read: Batch, views: Views) -> tuple[States, Tensor | None]:
-        """The teacher's states, and its own logits (M, W) where its head cannot be had apart."""
+        """The teacher's states, and its own logits (M, W) where its head cannot be had apart.
+
+        Without a mask, as the student's: nothing of a causal model looks at padding on the right.
+        """
         device = self.model.device
-        tokens, mask = read["input_ids"].to(device), read["attention_mask"].to(device)
+        tokens = read["input_ids"].to(device)
         if not self.dense:
-            return backbone_states(self.model, tokens, mask, views=views), None
+            return backbone_states(self.model, tokens, None, views=views), None
         flags = output_flags(views) | {"output_hidden_states": True}
-        output = self.model(input_ids=tokens, attention_mask=mask, use_cache=False, **flags)
+        output = self.model(input_ids=tokens, use_cache=False, **flags)
         logits = output.logits.flatten(0, 1).index_select(0, read["positions"].to(device))
         return States(output.hidden_states[-1], *inside_of(output, self.model, views)), logits[:, : self.vocab_size]
 

@@ -36,7 +36,7 @@ def training_arguments(
         learning_rate=optim.learning_rate,
         lr_scheduler_type=optim.scheduler,
         warmup_steps=num_warmup_steps(config, num_steps),
-        optim=_optimizer(optim.optimizer, use_cpu=use_cpu),
+        optim=_optimizer(optim.optimizer),
         weight_decay=optim.weight_decay,
         max_grad_norm=optim.max_grad_norm,
         fp16=precision == "float16",
@@ -77,6 +77,6 @@ def num_warmup_steps(config: DistillConfig, num_steps: int) -> int:
     return round(config.optim.warmup_fraction * num_steps)
 
 
-def _optimizer(asked: str, *, use_cpu: bool) -> str:
-    """AdamW's fused form on a card: the one over lists makes temporaries as large as all weights."""
-    return "adamw_torch_fused" if asked == "adamw_torch" and not use_cpu else asked
+def _optimizer(asked: str) -> str:
+    """AdamW's fused form: one pass over the weights, where the others take ten or make temporaries as large as them."""
+    return "adamw_torch_fused" if asked == "adamw_torch" else asked

@@ -82,6 +82,9 @@ class DistillModel(nn.Module):
     def see(self, batch: Batch, views: Views) -> StudentPass:
         """The student's pass over a batch, as the objective takes it.
 
+        It gets no mask: padding stands on the right, where no token of a causal model looks, and no term reads what the
+        model makes of padding itself. A mask would be (B, 1, T, T) and keep torch from its causal kernels.
+
         Args:
             batch: what the collator made, on the student's device.
             views: what the terms look at of its inside.
@@ -90,17 +93,14 @@ class DistillModel(nn.Module):
 
     def _see(self, batch: Batch, views: Views) -> StudentPass:
         """The student's hidden states, and its head beside them."""
-        states = backbone_states(self.student, batch["input_ids"], batch["attention_mask"], views=views)
+        states = backbone_states(self.student, batch["input_ids"], None, views=views)
         head = head_of(self.student, vocab_size=self.vocab_size)
         return StudentPass(states.last, head=head, layers=states.layers, attentions=states.attentions)
 
     def _see_dense(self, batch: Batch, views: Views) -> StudentPass:
         """The student's own logits at the counted positions, for a head that cannot be applied apart."""
         output = self.student(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            use_cache=False,
-            **output_flags(views) | {"output_hidden_states": True},
+            input_ids=batch["input_ids"], use_cache=False, **output_flags(views) | {"output_hidden_states": True}
         )
         logits = output.logits.flatten(0, 1).index_select(0, batch["positions"])  # (N, V)
         layers, attentions = inside_of(output, self.student, views)

@@ -85,7 +85,7 @@ class RunRows:
         if self.teacher_tokenizer is None:
             return None
         own, theirs = self.read(kind, config), self.read(kind, config, as_teacher=True)
-        if own.dataset["references"] != theirs.dataset["references"]:
+        if not own.dataset.data.column("references").equals(theirs.dataset.data.column("references")):
             raise UserError(
                 f"the chat templates of teacher and student do not accept the same rows of '{own.name}' ({len(theirs)} "
                 f"and {len(own)}): set data.template to another one, or leave such rows out"

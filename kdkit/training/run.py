@@ -42,7 +42,7 @@ from kdkit.loading import (
     shared_vocab_size,
     teacher_device,
 )
-from kdkit.runtime import GIB, Preflight, preflight, usable_dtype
+from kdkit.runtime import GIB, Preflight, cpu_bfloat16_units, preflight, usable_dtype
 from kdkit.teacher.cache import CachedTeacher, TeacherCache, cached_vocab_size, check_rows, open_fitting_cache
 from kdkit.teacher.sources import LiveTeacher, TeacherSource
 from kdkit.training import checkpoint
@@ -147,6 +147,11 @@ class _Run:
         if self.cache is not None:
             self._check_cached_rows(self.cache)
             say(f"teacher: {self.cache.describe()}")
+        if self.config.optim.precision == "bfloat16" and self.machine.device == "cpu" and not cpu_bfloat16_units():
+            say(
+                "optim.precision=bfloat16: no units for it (AMX, AVX512-BF16, Arm BF16) are known of this CPU; without "
+                "them torch emulates it, slowly: optim.precision=float32 is likely faster"
+            )
         if self.processes.is_main_process:
             setup = {
                 "precision": self._dtype_name(self.config.optim.precision),

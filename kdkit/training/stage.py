@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -16,7 +17,9 @@ from kdkit.data.batch import DistillCollator
 from kdkit.doctor import Planned
 from kdkit.errors import UserError
 from kdkit.loading import describe_model
+from kdkit.losses.blocks import fastest_backend as losses_backend
 from kdkit.runtime import seed_everything
+from kdkit.softdtw import fastest_backend
 from kdkit.teacher.sources import LiveTeacher, TeacherSource
 from kdkit.training import checkpoint, rollout
 from kdkit.training.arguments import num_warmup_steps, training_arguments
@@ -28,6 +31,7 @@ from kdkit.training.metrics import MetricsFile
 from kdkit.training.model import DistillModel
 from kdkit.training.objective import Across, Objective
 from kdkit.training.progress import say
+from kdkit.training.sampling import LengthGroupedSampler
 from kdkit.training.saving import ADAPTERS_FILE, AVERAGE_FOLDER, merge_student
 from kdkit.training.state import STATE_FILE
 from kdkit.training.stopping import StopRequest
@@ -163,6 +167,9 @@ def describe_stage(config: DistillConfig, inputs: StageInputs, num_steps: int, r
         f"  rows: {len(inputs.train_rows)} to train on, "
         f"{num_steps * rows / len(inputs.train_rows):.1f} passes; {len(inputs.eval_rows)} to evaluate on",
     ]
+    lines.append("  losses: backend {}: {}".format(*losses_backend(_device())))
+    if config.objective.weights["dtw"].largest > 0:
+        lines.append("  soft-DTW: backend {}: {}".format(*fastest_backend(_device())))
     if config.student.lora is not None:
         student = describe_model(inputs.student)
         share = student.num_trainable_parameters / student.num_parameters
@@ -205,6 +212,12 @@ def _num_processes() -> int:
     return PartialState().num_processes
 
 
+def _device() -> torch.device:
+    from accelerate import PartialState
+
+    return PartialState().device
+
+
 def _step_of(path: Path | None) -> int:
     """Completed steps of a checkpoint; 0 without one."""
     return 0 if path is None else int(path.name.removeprefix(checkpoint.PREFIX))
@@ -245,6 +258,7 @@ def _build_trainer(
         teacher=inputs.teacher,
         tokenizer=inputs.tokenizer,
         metrics=metrics,
+        sampler=_build_sampler(config, inputs.train_rows) if config.optim.group_by_length else None,
         generate=inputs.generate,
         rollout=own_text,
         ema=config.optim.ema,
@@ -261,6 +275,12 @@ def _build_trainer(
         keep=config.checkpoint.keep,
         callbacks=callbacks,
     )
+
+
+def _build_sampler(config: DistillConfig, rows: Dataset) -> LengthGroupedSampler:
+    """Rows of nearly the same length side by side, in the batches that the processes take at the same time."""
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    return LengthGroupedSampler(lengths, group_size=config.optim.batch_size * _num_processes(), seed=config.seed)
 
 
 def _call_doctor(config: DistillConfig, num_steps: int, metrics: MetricsFile) -> list[LiveDoctor]:

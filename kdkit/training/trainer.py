@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -49,10 +49,12 @@ from kdkit.training.objective import ITEMS, Item, Moment, count_items
 from kdkit.training.optimizer import keep_embeddings_in_32_bits, parameter_groups
 from kdkit.training.progress import say
 from kdkit.training.rollout import Rollout
+from kdkit.training.sampling import LengthGroupedSampler
 from kdkit.training.saving import AVERAGE_FOLDER, StageWriter, read_student, write_student
 from kdkit.training.sharding import check_sharding
 from kdkit.training.state import StageState
 from kdkit.training.validation import measure_objective, noted_rows, shared_batches
+from kdkit.training.windows import Windows
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ class DistillTrainer(Trainer):
         teacher: where the signal comes from; None where no term needs it.
         tokenizer: saved with every checkpoint.
         metrics: file of log rows.
+        sampler: order of the training rows, with `set_epoch`; None: a random one.
         generate: answers validation rows with the student and measures them; called with the student and a limit of
             rows (None: all), in all processes. None: no generation while training.
         rollout: puts the student's own text in place of gold rows; None: never.
@@ -100,6 +103,7 @@ class DistillTrainer(Trainer):
         teacher: TeacherSource | None,
         tokenizer: PreTrainedTokenizerBase,
         metrics: MetricsFile,
+        sampler: LengthGroupedSampler | None = None,
         generate: Generate | None = None,
         rollout: Rollout | None = None,
         ema: EmaConfig | None = None,
@@ -113,6 +117,7 @@ class DistillTrainer(Trainer):
         self.stage = stage
         self.teacher = teacher
         self.metrics = metrics
+        self.sampler = sampler
         self.generate = generate
         self.rollout = rollout
         self.early_stopping = early_stopping
@@ -123,9 +128,10 @@ class DistillTrainer(Trainer):
         self.objective = model.objective
         self.figures = TrainFigures(model.objective)
         self.update_norm: float | None = None
-        self._last_inputs: Batch | None = None
+        self._losses: list[tuple[Batch, Tensor, Mapping[str, Tensor]]] = []
         self._settled_rng: dict | None = None
-        self._is_step_empty = False
+        self._is_step_empty = self._is_overflow = False
+        self.windows = Windows()
         super().__init__(
             model=model,
             args=args,
@@ -150,6 +156,12 @@ class DistillTrainer(Trainer):
         self.average = None if ema is None else WeightAverage(self.model, ema)
         self.remembered = StageState(self.figures.sums, rollout, self.average, early_stopping)
 
+    # ---- what is fed ----------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        """The order of the rows; the Trainer's own way to group them by length finds another order after a resume."""
+        return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
+
     # ---- what is counted -------------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -161,21 +173,25 @@ class DistillTrainer(Trainer):
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], dict[Item, float]]:
         """The batches of the next accumulation window, the student's own text among them, counted after it came in."""
+        self._losses = []
+        if self.sampler is not None:  # nobody else reaches it through what a resume wraps around it
+            self.sampler.set_epoch(math.floor((self.state.epoch or 0) + 1e-6))
         if self.control.should_training_stop:  # a stage that had ended early was resumed: there is nothing left to do
             return [], {}
         if self.changeable is not None:
             if self.changeable.is_paused and self.state.global_step and self.accelerator.num_processes == 1:
                 self._save_checkpoint(self.model_wrapped)  # whoever pauses may not come back
             self.figures.leave_out(self.changeable.take_up(self.state.global_step, accelerator=self.accelerator))
-        batches, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = self.windows.next_of(epoch_iterator, num_batches)
         if self.rollout is None or not batches:
-            return batches, counts
+            return batches, self._get_num_items_in_batch(batches, device)
         batches, figures = self.rollout.mix(
             batches,
             self.model.student,
             step=self.state.global_step,
             accelerator=self.accelerator,
             autocast=self.accelerator.autocast,
+            read_ahead=partial(self.windows.peek, epoch_iterator, num_batches),
         )
         for name, figure in figures.items():
             self.figures.sums.add(name, torch.tensor(figure, dtype=torch.float64, device=device))
@@ -184,10 +200,10 @@ class DistillTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> dict[Item, float]:
         """Items of each kind over the accumulation window and all processes; the Trainer's own counts labels only."""
         items = [count_items(batch) for batch in batch_samples]
-        counts = torch.tensor([sum(batch[name] for batch in items) for name in ITEMS], device=device)
+        counts = [sum(batch[name] for batch in items) for name in ITEMS]
         if self.accelerator.num_processes > 1:
-            counts = self.accelerator.reduce(counts, reduction="sum")
-        return dict(zip(ITEMS, map(float, counts.tolist()), strict=True))
+            counts = self.accelerator.reduce(torch.tensor(counts, device=device), reduction="sum").tolist()
+        return dict(zip(ITEMS, map(float, counts), strict=True))
 
     def compute_loss(
         self,
@@ -200,14 +216,10 @@ class DistillTrainer(Trainer):
         assert num_items_in_batch is not None
         moment = Moment(self.state.global_step, self.args.max_steps, num_items_in_batch)
         outputs = model(inputs, signal=self._signal(inputs, moment), moment=moment)
-        self._last_inputs = inputs
         step_share = 1.0 / (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
         self.figures.record(outputs, moment, num_tokens=inputs["positions"].numel(), step_share=step_share)
-        loss = outputs["loss"]
-        if self.on_nonfinite == "stop" and not torch.isfinite(loss):
-            culprits = [name for name, value in outputs["sums"].items() if not torch.isfinite(value)]
-            self._stop_at_nonfinite(f"the loss is {loss.item()}; term {' and '.join(culprits) or 'total'}")
-        return loss * self.accelerator.num_processes
+        self._losses.append((inputs, outputs["loss"].detach(), outputs["sums"]))
+        return outputs["loss"] * self.accelerator.num_processes
 
     def _signal(self, inputs: Batch, moment: Moment) -> object | None:
         """The teacher's signal where a term that is active now looks at it."""
@@ -220,22 +232,36 @@ class DistillTrainer(Trainer):
     # ---- what is not finite ----------------------------------------------------------------------------------
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> float:
-        """The gradient's norm; a non-finite one stops the run or empties the step instead of poisoning the weights."""
+        """The gradient's norm; a non-finite one stops the run or empties the step instead of poisoning the weights.
+
+        Here alone the host waits for the device within a step, when all but the optimizer has been given to it.
+        """
         norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
-        if math.isfinite(norm) or self.accelerator.scaler is not None:  # a loss scaler skips such steps by itself
+        self._check_losses()
+        self._is_overflow = self.accelerator.scaler is not None and not math.isfinite(norm)
+        if math.isfinite(norm) or self._is_overflow:  # a loss scaler skips such steps by itself
             return norm
         if self.on_nonfinite == "stop":
-            self._stop_at_nonfinite(f"the gradient's norm is {norm} although the loss is finite")
+            batch = self._losses[-1][0]
+            self._stop_at_nonfinite(f"the gradient's norm is {norm} although the loss is finite", batch)
         model.zero_grad()
         self.figures.sums.forget_step()
         self.remembered.num_skipped_steps += 1
         self._is_step_empty = True
         return norm
 
-    def _stop_at_nonfinite(self, what: str) -> NoReturn:
+    def _check_losses(self) -> None:
+        """Stop at a loss of the window that is not finite: its gradient may be, as that of a label held impossible."""
+        if self.on_nonfinite != "stop" or torch.stack([loss for _, loss, _ in self._losses]).isfinite().all():
+            return
+        batch, loss, sums = next(seen for seen in self._losses if not torch.isfinite(seen[1]))
+        culprits = [name for name, value in sums.items() if not torch.isfinite(value)]
+        self._stop_at_nonfinite(f"the loss is {loss.item()}; term {' and '.join(culprits) or 'total'}", batch)
+
+    def _stop_at_nonfinite(self, what: str, batch: Batch | None) -> NoReturn:
         """Save the batch and end the run."""
         step, folder = self.state.global_step + 1, Path(self.args.output_dir)
-        stop_at_nonfinite(what, stage=self.stage, step=step, batch=self._last_inputs, folder=folder)
+        stop_at_nonfinite(what, stage=self.stage, step=step, batch=batch, folder=folder)
 
     # ---- what is trained -------------------------------------------------------------------------------------
 
@@ -375,7 +401,7 @@ class DistillTrainer(Trainer):
 
     def settle_step(self) -> None:
         """Mark the end of an optimizer step: from here a checkpoint can be written, also after a later failure."""
-        if self.accelerator.optimizer_step_was_skipped:  # the loss scaler met a gradient that is not finite
+        if self._is_overflow:  # accelerate's own word does not know of steps that a fused optimizer leaves out
             self.figures.sums.forget_step()
             self.remembered.num_skipped_steps += 1
             self._check_loss_scale()
@@ -393,7 +419,8 @@ class DistillTrainer(Trainer):
         scaler = self.accelerator.scaler
         if scaler is not None and self.on_nonfinite == "stop" and scaler.get_scale() < 1.0:
             self._stop_at_nonfinite(
-                f"no loss scale gives a finite gradient ({self.remembered.num_skipped_steps} steps skipped)"
+                f"no loss scale gives a finite gradient ({self.remembered.num_skipped_steps} steps skipped)",
+                self._losses[-1][0],
             )
 
     def check_saving(self) -> None:

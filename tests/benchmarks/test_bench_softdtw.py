@@ -5,13 +5,15 @@ write without a gradient of one's own.
 """
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from kdkit.softdtw import BACKENDS, native, soft_dtw
+from kdkit import compiled
+from kdkit.softdtw import BACKENDS, soft_dtw
 
 BATCH, SIDE, GAMMA = 8, 128, 0.1
 
@@ -41,14 +43,19 @@ def cost() -> Tensor:
     return (2 * torch.rand(BATCH, SIDE, SIDE, generator=torch.Generator().manual_seed(0))).requires_grad_()
 
 
+def synchronised(function: Callable[[], object]) -> None:
+    function()
+    torch.cuda.synchronize()
+
+
 @pytest.mark.benchmark(group="softdtw-8x128x128")
 class TestSoftDtw:
     @pytest.mark.parametrize("band", [None, 32])
-    @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+    @pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ("reference", "cuda")])
     def test_forward_and_backward(
         self, benchmark: BenchmarkFixture, cost: Tensor, backend: str, band: int | None
     ) -> None:
-        if backend == "native" and not native.is_installed():
+        if backend == "native" and not compiled.is_installed():
             pytest.skip("needs numba")
         (grad,) = benchmark(
             lambda: torch.autograd.grad(soft_dtw(cost, gamma=GAMMA, band=band, backend=backend).sum(), cost)
@@ -63,3 +70,26 @@ class TestSoftDtw:
         value = autograd_soft_dtw(cost)
         torch.autograd.grad(value.sum(), cost)
         return value.detach()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("batch", "side"), [(8, 128), (8, 512), (32, 512), (32, 1024)])
+class TestOnCuda:
+    @pytest.mark.parametrize("band", [None, 32])
+    @pytest.mark.parametrize("backend", ["torch", "cuda"])
+    def test_forward_and_backward(
+        self, benchmark: BenchmarkFixture, batch: int, side: int, backend: str, band: int | None
+    ) -> None:
+        cost = (2 * torch.rand(batch, side, side, device="cuda")).requires_grad_()
+
+        def step() -> Tensor:
+            return torch.autograd.grad(soft_dtw(cost, gamma=GAMMA, band=band, backend=backend).sum(), cost)[0]
+
+        benchmark.group = f"softdtw-cuda-{batch}x{side}x{side}-band-{band}"
+        benchmark(synchronised, step)
+
+    def test_one_pass_over_the_cost(self, benchmark: BenchmarkFixture, batch: int, side: int) -> None:
+        cost = torch.rand(batch, side, side, device="cuda")
+        benchmark.group = f"softdtw-cuda-{batch}x{side}x{side}-copy"
+        benchmark(synchronised, cost.clone)

@@ -35,8 +35,8 @@ class DtwTerm(HiddenTerm):
         result = alignment_loss(
             scene.projected,
             scene.target,
-            scene.lengths,
-            scene.lengths,
+            scene.host_lengths,
+            scene.host_lengths,
             gamma=self.config.gamma.at(moment.step, moment.num_steps),
             band=self.config.band,
             metric=self.config.metric,
@@ -64,7 +64,7 @@ class DtwTerm(HiddenTerm):
         known = signal.entropies if isinstance(signal, CrossSignal) else scene.extras["teacher_entropy"]
         entropy = torch.zeros(units.numel(), device=units.device)
         entropy[read["positions"] + 1] = known.float()
-        pooled, _ = pool_units(entropy.view(*units.shape, 1), units, max_units)  # (B, U, 1)
+        pooled, _ = pool_units(entropy.view(*units.shape, 1), units, max_units, lengths=scene.lengths)  # (B, U, 1)
         return 1.0 / (1.0 + pooled.squeeze(-1))
 
     def _adaptive_band(self, config: AdaptiveBandConfig | None, moment: Moment) -> AdaptiveBand | None:

@@ -15,7 +15,6 @@ from kdkit.losses.features import (
     map_heads,
     pool_attention,
     pool_sequences,
-    unit_mask,
 )
 from kdkit.losses.routing import StudentAwareRouter
 from kdkit.teacher.signal import Views
@@ -147,12 +146,13 @@ class ContrastiveTerm(HiddenTerm):
     def __call__(self, scene: Scene, moment: Moment) -> TermValue:
         """Find each one's own among all."""
         if self.config.over == "sequences":
-            counted = scene.lengths > 0
+            counted = scene.counted_rows
             ours, theirs = (pool_sequences(side, scene.lengths) for side in (scene.projected, scene.target))
         else:
-            counted = unit_mask(scene.lengths, scene.batch["max_units"])
-            ours, theirs = scene.projected, scene.target
-        return TermValue(contrastive(ours[counted], theirs[counted], temperature=self.config.temperature).sum())
+            counted = scene.counted_units
+            ours, theirs = (side.flatten(0, 1) for side in (scene.projected, scene.target))
+        ours, theirs = (side.index_select(0, counted) for side in (ours, theirs))
+        return TermValue(contrastive(ours, theirs, temperature=self.config.temperature).sum())
 
 
 class RoutingTerm(HiddenTerm):
@@ -178,16 +178,18 @@ class RoutingTerm(HiddenTerm):
         """Mix what the experts say, and compare."""
         experts = scene.signal.features.experts
         assert experts is not None
-        units, lengths = scene.student_units
-        counted = unit_mask(lengths, scene.batch["max_units"])  # (B, U)
-        on_teacher = counted.to(experts.ids.device)
-        student = units[counted]  # (n, H)
+        counted = scene.counted_units  # (n,)
+        student = scene.student_units[0].flatten(0, 1).index_select(0, counted)  # (n, H)
+        gates, ids, outputs = (
+            theirs.flatten(0, 1).index_select(0, counted.to(theirs.device)).to(student.device)
+            for theirs in (experts.probs, experts.ids, experts.outputs)
+        )
         result = scene.adapters[ROUTER](
             student,
             scene.adapters[ROUTING_PROJECTOR](student),
-            gates=experts.probs[on_teacher].to(student.device),
-            ids=experts.ids[on_teacher].to(student.device),
-            outputs=experts.outputs[on_teacher].to(student.device),
+            gates=gates,
+            ids=ids,
+            outputs=outputs,
             active=self.config.num_experts.at(moment.step, moment.num_steps),
         )
         num_units = float(len(student))

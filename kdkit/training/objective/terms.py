@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Literal, get_args
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from kdkit.data.batch import Batch, teacher_view
@@ -90,12 +92,27 @@ class Scene:
 
     def pool_student(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """(B, U, H) mean of the student's states over each unit, and (B,) units of each row."""
-        return pool_units(states.float(), self.batch["unit_ids"], self.batch["max_units"])
+        return pool_units(states.float(), self.batch["unit_ids"], self.batch["max_units"], lengths=self.lengths)
 
     def pool_teacher(self, states: Tensor) -> Tensor:
         """(B, U, H) mean of the teacher's states over each unit, on the student's device."""
         states = states.to(self.batch["unit_ids"].device).float()
-        return pool_units(states, self.teacher_units, self.batch["max_units"])[0]
+        return pool_units(states, self.teacher_units, self.batch["max_units"], lengths=self.lengths)[0]
+
+    @cached_property
+    def counted_units(self) -> Tensor:
+        """(n,) flat indices b * U + u of the units there are, on the student's device."""
+        is_unit = np.arange(self.batch["max_units"]) < self.batch["unit_counts"][:, None]  # (B, U)
+        return self._on_device(np.flatnonzero(is_unit))
+
+    @cached_property
+    def counted_rows(self) -> Tensor:
+        """(b,) the rows with a unit, on the student's device."""
+        return self._on_device(np.flatnonzero(self.batch["unit_counts"]))
+
+    def _on_device(self, made_on_host: np.ndarray) -> Tensor:
+        """Nobody waits for the copy."""
+        return torch.from_numpy(made_on_host).to(self.batch["unit_ids"].device, non_blocking=True)
 
     @cached_property
     def student_units(self) -> tuple[Tensor, Tensor]:
@@ -103,9 +120,14 @@ class Scene:
         return self.pool_student(self.student.hidden)
 
     @property
+    def host_lengths(self) -> Tensor:
+        """(B,) units of each row, on the host."""
+        return torch.from_numpy(self.batch["unit_counts"])
+
+    @cached_property
     def lengths(self) -> Tensor:
-        """(B,) units of each row."""
-        return self.student_units[1]
+        """(B,) units of each row, on the student's device."""
+        return self._on_device(self.batch["unit_counts"])
 
     @cached_property
     def projected(self) -> Tensor:

@@ -55,7 +55,7 @@ def build_rollout(
         )
     drawing = GenerationSettings(
         max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size or config.optim.batch_size * config.optim.accumulation,
+        batch_size=config.rows_written_together,
         num_beams=settings.num_beams,
         sampling_temperature=settings.sampling_temperature,
         top_p=settings.top_p,

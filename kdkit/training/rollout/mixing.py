@@ -1,5 +1,6 @@
 """Which batches of an accumulation window are gold, fresh or replayed; and all that a rollout remembers."""
 
+import itertools
 import json
 import time
 from collections import Counter
@@ -18,17 +19,22 @@ from torch import nn
 from kdkit.config import RolloutConfig
 from kdkit.data.batch import Batch, DistillCollator, EncodedRow, batch_rows
 from kdkit.runtime import generator
+from kdkit.training.rollout.ahead import Judged, Place, Shelf, answers, pack_shelf, unpack_shelf
 from kdkit.training.rollout.buffer import HeldText, ReplayBuffer, pack_texts, unpack_texts
-from kdkit.training.rollout.generator import StudentGenerator, StudentText
-from kdkit.training.rollout.guard import REASONS, Guard, Verdict
+from kdkit.training.rollout.generator import StudentGenerator
+from kdkit.training.rollout.guard import REASONS, Guard
 from kdkit.training.rollout.threshold import AdaptiveThreshold, CollapseRule, Shares, TextCounts, shares
 
 TEXTS_FILE = "rollout.safetensors"
-"""Texts of the replay buffer in a checkpoint."""
+"""Texts of the replay buffer in a checkpoint, and those written ahead."""
+AHEAD = "ahead."
+"""Before the names of the latter."""
 STATE_FILE = "rollout.json"
 """The rest of a rollout's state in a checkpoint."""
 Source = Literal["gold", "fresh", "replayed", "empty"]
 SOURCES: tuple[Source, ...] = get_args(Source)
+ReadAhead = Callable[[int], Sequence[Sequence[Batch]]]
+"""Number of windows -> the batches of the next ones, fewer at the end of an epoch."""
 Figures = dict[str, tuple[float, float]]
 """Name -> (sum, weight) of a window; a log row shows their ratio."""
 
@@ -38,6 +44,7 @@ class Memory:
     """What a rollout remembers after an optimizer step: all that a checkpoint needs of it."""
 
     texts: tuple[HeldText, ...]
+    shelf: Shelf
     numbers: str
     """JSON."""
 
@@ -85,6 +92,7 @@ class Rollout:
             reference=config.reference,
         )
         self.collapse = None if config.collapse is None else CollapseRule(config.collapse)
+        self.shelf: Shelf = {}
         self.tally = TextCounts()
         self.is_rouge_reached = config.gate is None or config.gate.min_rouge_l == 0
         self._settled = self._memory()
@@ -104,6 +112,7 @@ class Rollout:
         step: int,
         accelerator: Accelerator,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
+        read_ahead: ReadAhead = lambda num_windows: (),
     ) -> tuple[list[Batch], Figures]:
         """The batches of an accumulation window, some of them replaced.
 
@@ -113,6 +122,7 @@ class Rollout:
             step: completed optimizer steps.
             accelerator: knows the processes.
             autocast: what the student generates under.
+            read_ahead: the batches of windows to come, whose texts are written along.
         Returns:
             As many batches, and figures for the log. A refused text leaves its gold row in its place.
         """
@@ -121,11 +131,16 @@ class Rollout:
         asked = {index: batch_rows(batch) for index, batch in enumerate(batches) if sources[index] == "fresh"}
         replaced: dict[int, list[EncodedRow]] = {}
         if asked:
-            texts = self._write(asked, student, key=(step, accelerator.process_index), autocast=autocast)
-            verdicts = self.guard(texts)
-            self._keep(texts, verdicts, step=step, accelerator=accelerator)
-            _add_texts(figures, texts, verdicts, is_guarded=self.guard.config is not None)
-            replaced |= _in_their_places(asked, texts, verdicts)
+            places = {Place(step, index, accelerator.process_index): rows for index, rows in asked.items()}
+            if not self._are_written(places, accelerator):
+                places |= self._places_to_come(read_ahead, step=step, process=accelerator.process_index)
+                self._write(places, student, step=step, accelerator=accelerator, autocast=autocast)
+            judged = {index: self.shelf[Place(step, index, accelerator.process_index)] for index in asked}
+            every = [one for texts in judged.values() for one in texts]
+            self._keep(every, accelerator=accelerator)
+            _add_texts(figures, every, is_guarded=self.guard.config is not None)
+            replaced |= {index: _in_their_places(asked[index], texts) for index, texts in judged.items()}
+        self.shelf = {place: texts for place, texts in self.shelf.items() if place.step > step}
         for index, batch in enumerate(batches):
             if sources[index] == "replayed":
                 key, size = (step, index, accelerator.process_index), len(batch["row_ids"])
@@ -138,17 +153,38 @@ class Rollout:
         mixed = [self.collator(replaced[i]) if i in replaced else batch for i, batch in enumerate(batches)]
         return mixed, {f"rollout/{name}": figure for name, figure in figures.items()}
 
+    def _are_written(self, places: Mapping[Place, list[EncodedRow]], accelerator: Accelerator) -> bool:
+        """Whether the texts of these batches lie ready, in every process: they write together or not at all."""
+        are_ready = all(answers(self.shelf.get(place, ()), rows) for place, rows in places.items())
+        return all(gather_object([are_ready])) if accelerator.num_processes > 1 else are_ready
+
+    def _places_to_come(self, read_ahead: ReadAhead, *, step: int, process: int) -> dict[Place, list[EncodedRow]]:
+        """Batches of the steps to come that are the student's text as things stand now, and their rows."""
+        num_windows = min(self.config.ahead, self.num_steps - step) - 1
+        windows = read_ahead(num_windows) if num_windows > 0 else ()
+        return {
+            Place(later, index, process): batch_rows(batch)
+            for later, window in enumerate(windows, start=step + 1)
+            for index, batch in enumerate(window)
+            if self._draw_source(later, index) == "fresh"
+        }
+
     def _write(
         self,
-        asked: Mapping[int, Sequence[EncodedRow]],
+        places: Mapping[Place, list[EncodedRow]],
         student: nn.Module,
         *,
-        key: Sequence[int],
+        step: int,
+        accelerator: Accelerator,
         autocast: Callable[[], AbstractContextManager],
-    ) -> list[StudentText]:
-        """A text of the student for every row of the batches that are asked for, all in one go."""
+    ) -> None:
+        """A text of the student for every row, all in one go, judged and put on the shelf of every process."""
+        rows = [row for rows in places.values() for row in rows]
         with autocast():  # the teacher reads them outside, in its own precision
-            return self.generate(student, [row for rows in asked.values() for row in rows], key=key)
+            texts = self.generate(student, rows, key=(step, accelerator.process_index))
+        judged = (Judged(text, verdict, step) for text, verdict in zip(texts, self.guard(texts), strict=True))
+        written = [(place, tuple(itertools.islice(judged, len(rows)))) for place, rows in places.items()]
+        self.shelf |= dict(gather_object(written) if accelerator.num_processes > 1 else written)
 
     def _replayed_rows(self, num_rows: int, *, key: Sequence[int], figures: Figures) -> list[EncodedRow]:
         """A batch from the buffer."""
@@ -192,14 +228,9 @@ class Rollout:
             return "fresh"
         return "replayed" if draw < now.student else "gold"
 
-    def _keep(
-        self, texts: Sequence[StudentText], verdicts: Sequence[Verdict], *, step: int, accelerator: Accelerator
-    ) -> None:
+    def _keep(self, texts: Sequence[Judged], *, accelerator: Accelerator) -> None:
         """Count what was refused and push the rest, of all processes, in one order everywhere."""
-        judged = [
-            (HeldText(text.row, step, verdict.score), verdict.reason)
-            for text, verdict in zip(texts, verdicts, strict=True)
-        ]
+        judged = [(HeldText(one.text.row, one.born_step, one.verdict.score), one.verdict.reason) for one in texts]
         if accelerator.num_processes > 1:
             judged = gather_object(judged)
         self.tally.num_texts += len(judged)
@@ -278,14 +309,20 @@ class Rollout:
 
     def save(self, folder: Path) -> None:
         """Write what was remembered at the last complete step."""
-        save_file(pack_texts(self._settled.texts), folder / TEXTS_FILE)
-        (folder / STATE_FILE).write_text(self._settled.numbers, encoding="utf-8")
+        tensors, places = pack_shelf(self._settled.shelf)
+        tensors = {f"{AHEAD}{name}": tensor for name, tensor in tensors.items()} if places else {}
+        save_file(pack_texts(self._settled.texts) | tensors, folder / TEXTS_FILE)
+        numbers = json.loads(self._settled.numbers) | {"shelf": places}
+        (folder / STATE_FILE).write_text(json.dumps(numbers, indent=1), encoding="utf-8")
 
     def restore(self, folder: Path) -> None:
         """Go on from what `save` wrote."""
         numbers = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         self.buffer.clear()
-        self.buffer.push(unpack_texts(load_file(folder / TEXTS_FILE)))
+        tensors = load_file(folder / TEXTS_FILE)
+        ahead = {name.removeprefix(AHEAD): tensors.pop(name) for name in list(tensors) if name.startswith(AHEAD)}
+        self.buffer.push(unpack_texts(tensors))
+        self.shelf = unpack_shelf(ahead, numbers["shelf"]) if ahead else {}
         self.threshold = AdaptiveThreshold(**numbers["threshold"])
         self.tally = TextCounts(**numbers["tally"] | {"refused": Counter(numbers["tally"]["refused"])})
         self.is_rouge_reached = numbers["is_rouge_reached"]
@@ -301,21 +338,18 @@ class Rollout:
             "is_rouge_reached": self.is_rouge_reached,
             "tally": {**vars(self.tally), "refused": dict(self.tally.refused)},
         }
-        return Memory(self.buffer.texts(), json.dumps(numbers, indent=1))
+        return Memory(self.buffer.texts(), dict(self.shelf), json.dumps(numbers))
 
 
-def _in_their_places(
-    asked: Mapping[int, Sequence[EncodedRow]], texts: Sequence[StudentText], verdicts: Sequence[Verdict]
-) -> dict[int, list[EncodedRow]]:
-    """The rows of each batch that was asked for: the student's text, or the gold row where it was refused."""
-    passed = iter(text.row if verdict.reason is None else None for text, verdict in zip(texts, verdicts, strict=True))
-    return {index: [next(passed) or row for row in rows] for index, rows in asked.items()}
+def _in_their_places(rows: Sequence[EncodedRow], texts: Sequence[Judged]) -> list[EncodedRow]:
+    """The rows of a batch: the student's text, or the gold row where it was refused."""
+    pairs = zip(rows, texts, strict=True)
+    return [one.text.row if one.verdict.reason is None else row for row, one in pairs]
 
 
-def _add_texts(
-    figures: Figures, texts: Sequence[StudentText], verdicts: Sequence[Verdict], *, is_guarded: bool
-) -> None:
+def _add_texts(figures: Figures, judged: Sequence[Judged], *, is_guarded: bool) -> None:
     """What was generated, whether or not it may be trained on."""
+    texts, verdicts = [one.text for one in judged], [one.verdict for one in judged]
     refused = Counter(verdict.reason for verdict in verdicts if verdict.reason is not None)
     scores = [verdict.score for verdict in verdicts if verdict.score > float("-inf")]
     if is_guarded:

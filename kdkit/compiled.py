@@ -1,0 +1,69 @@
+"""Loops that numba compiles for this CPU: whether they can be had, how they are compiled, who runs them.
+
+numba is the extra "fast" and is imported at the first use alone. All that uses it has a path without.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+IN_ORDER = frozenset({"contract", "nsz"})
+"""Of the "fast" rules of floating point those that change no value by more than a rounding."""
+ANY_ORDER = IN_ORDER | {"reassoc"}
+"""Sums may be taken in any order, always the same one. In neither is NaN assumed away."""
+
+
+def is_installed() -> bool:
+    """Whether numba can be found; it is not imported."""
+    return find_spec("numba") is not None
+
+
+def compiled(rules: frozenset[str] = IN_ORDER) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: a function as machine code, kept on disk where a folder can be written to.
+
+    Args:
+        rules: what the compiler may do to floating point; those of a function hold within it alone.
+    Returns:
+        The decorator. What it makes runs without the GIL; a division by 0 is inf or NaN.
+    """
+    from numba import njit
+
+    options = {"nogil": True, "error_model": "numpy", "fastmath": set(rules)}
+
+    def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError:  # numba found no such folder
+            return njit(**options)(function)
+
+    return compile_
+
+
+def share_out(task: Callable[[int, int, int], None], chunks: Iterable[tuple[int, int]], num_threads: int) -> None:
+    """Run task(begin, end, thread) for every chunk, each thread taking what is next.
+
+    Args:
+        task: a compiled loop that runs without the GIL; thread counts from 0.
+        chunks: begin and end of each.
+        num_threads: at least 1, the caller's own included.
+    """
+    waiting = iter(list(chunks))  # threads may share the iterator of a list, not a generator
+
+    def work(thread: int) -> None:
+        for begin, end in waiting:
+            task(begin, end, thread)
+
+    helpers = [_pool(num_threads, os.getpid()).submit(work, thread) for thread in range(1, num_threads)]
+    work(0)
+    for helper in helpers:
+        if not helper.cancel():  # one that has not begun finds nothing left to do
+            helper.result()
+
+
+@cache
+def _pool(num_threads: int, _process: int) -> ThreadPoolExecutor:
+    """Threads beside the calling one; a forked process has to have its own."""
+    return ThreadPoolExecutor(num_threads - 1, thread_name_prefix="kdkit")
