@@ -83,7 +83,7 @@ CHANGES = ["data.max_length=1024", "data.max_prompt_length=512", "evaluation.bat
 CARD, BESIDE = "p100", "t4x2"
 
 SIZE = os.environ.get("KDKIT_SIZE", "5 minutes")
-BATCHES = {"smoke": [4, 16], "5 minutes": [16, 64, 128]}[SIZE]
+BATCHES = {"smoke": [4, 64], "5 minutes": [16, 64, 128]}[SIZE]
 STEPS = {"smoke": 2, "5 minutes": 4}[SIZE]
 
 # %% [markdown]
@@ -242,9 +242,7 @@ for teacher, student in PAIRS.items():
 # by the allocator; on a CPU the growth of the process is looked at every two milliseconds, which has the
 # allocator's gaps and the libraries' own buffers in it, some tens of MiB. So the last column is the one
 # to read: **what each row more adds**, where all that stays the same falls out. The plan takes each row
-# for as long as `data.max_length`; here that is four tokens more than the longest row has. And it counts
-# the losses as plain torch computes them: where numba is installed, a CPU's compiled losses write their
-# gradient over the logits and need nothing beside, so that a row measures at about two thirds of its plan.
+# for as long as `data.max_length`; here that is four tokens more than the longest row has.
 
 # %%
 from kdkit.inspection import measured_peaks

@@ -390,9 +390,9 @@ class TestMemoryNotebook:
         assert all(rest == ["True", "''"] for _, _, *rest in moved)
 
     def test_what_a_row_more_takes_is_as_planned(self, budgeted):
-        (row,) = [line.split() for line in printed(budgeted).splitlines() if re.match(r" +16 ", line)]
+        (row,) = [line.split() for line in printed(budgeted).splitlines() if re.match(r" +64 ", line)]
         planned, measured = map(float, row[-2:])
-        assert 0.5 * planned <= measured <= 1.3 * planned  # compiled losses on a CPU take less than is planned
+        assert measured == pytest.approx(planned, rel=0.3)
 
     @pytest.mark.slow
     def test_the_default_takes_less_than_five_minutes(self, tmp_path):
