@@ -5,7 +5,7 @@ numba is the extra "fast" and is imported at the first use alone. All that uses 
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -56,11 +56,16 @@ def share_out(task: Callable[[int, int, int], None], chunks: Iterable[tuple[int,
         for begin, end in waiting:
             task(begin, end, thread)
 
-    helpers = [_pool(num_threads, os.getpid()).submit(work, thread) for thread in range(1, num_threads)]
+    helpers = help_with(work, num_threads)
     work(0)
     for helper in helpers:
         if not helper.cancel():  # one that has not begun finds nothing left to do
             helper.result()
+
+
+def help_with(task: Callable[..., None], num_threads: int, *arguments: Any) -> list[Future[None]]:
+    """Have task(*arguments, thread) begun by all threads but the caller's own, which is thread 0."""
+    return [_pool(num_threads, os.getpid()).submit(task, *arguments, thread) for thread in range(1, num_threads)]
 
 
 @cache

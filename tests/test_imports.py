@@ -77,6 +77,7 @@ FLOORS = (
         "teacher.kept",
         "teacher.signal",
     ),
+    ("turns",),
     ("compiled", "cuda", "errors", "files"),
 )
 SPLIT = {"data", "teacher", "training"}
@@ -86,7 +87,9 @@ HEAVY |= {"numba", "transformers"}
 LIGHT = ("attached", "errors", "schedules", "config", "runtime", "plots", "memory", "doctor", "cli")
 LIGHT += ("session.packages", "session.place")  # a notebook calls them before anything is installed
 COUNTING = ("memory.counting", "memory.exact", "memory.generation", "memory.stand_ins")  # run the step itself
-TORCH_ONLY = ("compiled", "cuda", "losses", "softdtw", "teacher.kept", "teacher.signal")
+TORCH_ONLY = ("compiled", "cuda", "losses", "softdtw", "teacher.kept", "teacher.signal", "turns")
+COMPILER = {"compiled": {"numba"}, "softdtw._kernels": {"numba"}}
+COMPILER |= {module: {"llvmlite", "numba"} for module in ("softdtw._tiles", "turns")}
 PRESENTATION = {"inspection", "notebook", "plots", "widgets", "report"}
 
 
@@ -237,13 +240,14 @@ class TestThirdParty:
 
     @pytest.mark.parametrize("module", modules_in(TORCH_ONLY))
     def test_losses_and_softdtw_know_torch_and_each_other_only(self, module):
-        compiler = {"numba"} if module in ("compiled", "softdtw._kernels") else set()
-        assert third_party(imported_names(all_nodes(TREES[module]))) <= {"numpy", "torch"} | compiler
+        allowed = {"numpy", "torch"} | COMPILER.get(module, set())
+        assert third_party(imported_names(all_nodes(TREES[module]))) <= allowed
         assert [target for target in GRAPH[module] if not is_within(target, TORCH_ONLY)] == []
 
     def test_softdtw_knows_no_losses_and_no_teacher(self):
+        allowed = ("compiled", "cuda", "softdtw", "turns")
         for module in modules_in(("softdtw",)):
-            assert [target for target in GRAPH[module] if not is_within(target, ("compiled", "cuda", "softdtw"))] == []
+            assert [target for target in GRAPH[module] if not is_within(target, allowed)] == []
 
     def test_importing_light_modules_loads_nothing_heavy(self):
         present = [f"kdkit.{name}" for name in LIGHT if name in TREES]

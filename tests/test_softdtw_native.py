@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -74,6 +75,25 @@ class TestNative:
         torch.testing.assert_close(value.double(), exact[0], rtol=2e-6, atol=0)
         torch.testing.assert_close(alignment.double(), exact[1], rtol=0, atol=1e-5)
 
+    @pytest.mark.parametrize("band", [None, 1, 40, 300])
+    @pytest.mark.parametrize("kept", [2**10, native.KEPT_SLOTS])
+    def test_strips_of_rows_make_no_difference(
+        self, kept: int, band: int | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from kdkit.softdtw._kernels import HEIGHT
+
+        monkeypatch.setattr(native, "KEPT_SLOTS", kept)
+        longest = 3 * HEIGHT + 6
+        sides = [1, HEIGHT - 1, HEIGHT, HEIGHT + 1, 2 * HEIGHT, 2 * HEIGHT + 1, longest]
+        n, m = torch.tensor([*sides, longest, 0]), torch.tensor([*sides[::-1], longest, longest])
+        cost = costs(len(n), longest, longest)
+        cost[-2, HEIGHT - 1, : longest - 1] = math.inf  # all paths pass from one strip to the next in a single cell
+        value, alignment = soft_dtw_and_alignment(cost, n, m, gamma=0.1, band=band, backend="native")
+        exact = soft_dtw_and_alignment(cost.double(), n, m, gamma=0.1, band=band, backend="torch")
+        torch.testing.assert_close(value.double(), exact[0], rtol=2e-6, atol=0)
+        torch.testing.assert_close(alignment.double(), exact[1], rtol=0, atol=1e-5)
+        assert torch.equal(soft_dtw(cost, n, m, gamma=0.1, band=band, backend="native"), value)
+
     @pytest.mark.parametrize("band", [None, 3])
     def test_the_gradient_is_the_alignment_times_what_comes_from_above(self, band: int | None) -> None:
         cost, n, m = ragged_batch(band)
@@ -132,12 +152,12 @@ class TestNative:
         assert cost.grad[[0, 2]].isfinite().all()
 
     def test_the_number_of_threads_changes_nothing(self) -> None:
-        cost = costs(24, 60, 50)
-        n, m = torch.arange(37, 61), torch.arange(50, 26, -1)
+        cost = costs(24, 160, 150)
+        n, m = torch.arange(137, 161), torch.arange(150, 126, -1)
         before, found = torch.get_num_threads(), []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            found.append(soft_dtw_and_alignment(cost, n, m, gamma=0.1, band=9, backend="native"))
+            found.append(soft_dtw_and_alignment(cost, n, m, gamma=0.1, band=40, backend="native"))
         torch.set_num_threads(before)
         assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
@@ -193,8 +213,8 @@ class TestPlans:
                 assert found == inside
                 assert [slot[i] + j for i, j in inside] == list(range(len(inside)))
                 limits = band_limits(torch.tensor([n]), torch.tensor([m]), band=band, num_diagonals=n + m - 1)
-                diagonals = _kernels._plan_diagonals(n, m, band or 0, True)
-                assert [side.tolist() for side in diagonals[:2]] == [side.flatten().tolist() for side in limits]
+                diagonals = _kernels._plan_diagonals(n, m, band or 0)
+                assert [side.tolist() for side in diagonals] == [side.flatten().tolist() for side in limits]
 
     def test_runs_where_numba_has_no_folder_to_keep_its_code(self) -> None:
 
@@ -207,6 +227,34 @@ class TestPlans:
         chunks = ((number, number + 1) for number in range(20_000))
         compiled.share_out(lambda begin, end, thread: seen.append(begin), chunks, 4)
         assert sorted(seen) == list(range(20_000))
+
+    @needs_numba
+    def test_every_turn_is_taken_once_by_some_thread(self) -> None:
+        from kdkit import turns
+
+        @compiled.compiled()
+        def count(turns_left: "turns.Array", counts: "turns.Array") -> None:
+            item = turns.next_turn(turns_left)
+            while item < len(counts):
+                counts[item] += 1
+                turns.finish(turns_left)
+                item = turns.next_turn(turns_left)
+
+        for num_items in (0, 1, 3, 100_000):
+            counts = np.zeros(num_items, np.int64)
+            turns.take_turns(lambda own, _, counts=counts: count(own, counts), num_items, 4)
+            assert (counts == 1).all()
+
+    @needs_numba
+    def test_what_fails_in_a_helper_is_raised(self) -> None:
+        from kdkit import turns
+
+        def fail(_turns: object, thread: int) -> None:
+            if thread > 0:
+                raise MemoryError("no room")
+
+        with pytest.raises(MemoryError, match="no room"):
+            turns.take_turns(fail, 1, 2)
 
 
 @pytest.mark.usefixtures("fresh_choice")

@@ -2,10 +2,10 @@
 
 Samples are shared out among as many threads as torch uses; the result does not depend on how many. Memory
 beyond the result: one float32 for each admissible cell, kept for the backward pass, and for each thread two
-for each admissible cell of the largest sample.
+for each admissible cell of the largest sample, at most 16 MiB or those of 128 rows.
 """
 
-import itertools
+from collections.abc import Callable
 from functools import cache, partial
 from types import ModuleType
 
@@ -17,8 +17,12 @@ from kdkit import compiled
 from kdkit.softdtw import anti_diagonal
 from kdkit.softdtw.packed import PackedAlignment
 
-CHUNK_CELLS = 16_384
-"""What a thread takes at a time has at least about as many admissible cells: 0.1 ms of work."""
+CELLS_A_THREAD = 80_000
+"""A thread more is woken for as many admissible cells, 0.15 ms of work: to wake it and to share caches costs that."""
+KEPT_SLOTS = 2**21
+"""A sample of more cells, some 1,400 x 1,400, is computed strip by strip and twice forward, in little memory."""
+ENTRIES_A_THREAD = 2**19
+"""The same where entries are only written: 0.15 ms."""
 
 Sizes = tuple[np.ndarray, np.ndarray, int]
 """Both lengths, (B,) each, and the band, 0 for none."""
@@ -50,9 +54,17 @@ def align(
     # Copies: the backward pass reads them again, and the caller may have changed his by then.
     sizes = lengths_n.numpy().copy(), lengths_m.numpy().copy(), band or 0
     starts = np.empty(len(cost) + 1, np.int64)
-    kernels.count_cells(*sizes, starts)
-    cells = torch.empty(int(starts[-1]) if with_alignment else 0)
-    values, misfits = _solve(cost.contiguous().numpy(), sizes, starts, gamma, cells.numpy())
+    num_slots = kernels.plan_batch(*sizes, KEPT_SLOTS, starts)
+    num_cells = int(starts[-1])
+    cells, found = torch.empty(num_cells if with_alignment else 0), torch.empty(len(cost))
+    num_threads = _num_threads(num_cells, CELLS_A_THREAD)
+    shares = torch.empty(num_threads, 2 * num_slots).numpy()
+    values, misfits, given, packed = found.numpy(), np.empty(len(cost), bool), cost.contiguous().numpy(), cells.numpy()
+
+    def solve(turns: np.ndarray, thread: int) -> None:
+        kernels.solve(given, *sizes, KEPT_SLOTS, gamma, starts, turns, shares[thread], values, misfits, packed)
+
+    _take_turns(solve, len(cost), num_threads)
     for sample in misfits.nonzero()[0]:
         one = slice(sample, sample + 1)
         value, alignment = anti_diagonal.align(
@@ -62,7 +74,6 @@ def align(
         if alignment is not None:
             size = int(lengths_n[sample]), int(lengths_m[sample]), band or 0
             kernels.pack_sample(alignment[0].numpy(), *size, cells[starts[sample] : starts[sample + 1]].numpy())
-    found = torch.from_numpy(values).to(torch.float32)
     if not with_alignment:
         return found, None
     return found, PackedAlignment(cells, partial(_spread, sizes=sizes, starts=starts, shape=cost.shape))
@@ -78,40 +89,26 @@ def _kernels() -> ModuleType:
     return _kernels
 
 
-def _solve(
-    cost: np.ndarray, sizes: Sizes, starts: np.ndarray, gamma: float, cells: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Values (B,) float64, and which samples did not fit the number format; writes the packed cells, if any."""
-    kernels = _kernels()
-    chunks = _chunks(starts)
-    num_threads = min(torch.get_num_threads(), len(chunks))
-    slots = kernels.num_slots(*sizes[:2], np.diff(starts), len(cells) > 0)
-    shares = torch.empty(num_threads, 2 * slots).numpy()
-    values, misfits = np.empty(len(cost)), np.empty(len(cost), dtype=bool)
-
-    def solve(begin: int, end: int, thread: int) -> None:
-        kernels.solve(cost, *sizes, gamma, starts, begin, end, shares[thread], values, misfits, cells)
-
-    compiled.share_out(solve, chunks, num_threads)
-    return values, misfits
-
-
 def _spread(cells: Tensor, factors: Tensor, *, sizes: Sizes, starts: np.ndarray, shape: torch.Size) -> Tensor:
     """The packed cells times the factors, (B, N, M)."""
     kernels = _kernels()
     out = torch.empty(shape)
     packed, laid_out, factor = cells.numpy(), out.numpy(), factors.to(torch.float32).contiguous().numpy()
 
-    def spread(begin: int, end: int, _thread: int) -> None:
-        kernels.spread(packed, *sizes, factor, starts, begin, end, laid_out)
+    def spread(turns: np.ndarray, _thread: int) -> None:
+        kernels.spread(packed, *sizes, factor, starts, turns, laid_out)
 
-    chunks = _chunks(starts)
-    compiled.share_out(spread, chunks, min(torch.get_num_threads(), len(chunks)))
+    _take_turns(spread, len(out), _num_threads(out.numel(), ENTRIES_A_THREAD))
     return out
 
 
-def _chunks(starts: np.ndarray) -> list[tuple[int, int]]:
-    """The batch cut into ranges of samples, some for each thread, each worth a call; `starts` counts cells."""
-    num_cells = max(CHUNK_CELLS, int(starts[-1]) // (4 * torch.get_num_threads()))
-    cuts = np.searchsorted(starts[:-1], np.arange(num_cells, starts[-1], num_cells)).tolist()
-    return list(itertools.pairwise(sorted({0, *cuts, len(starts) - 1})))
+def _take_turns(task: Callable[[np.ndarray, int], None], num_samples: int, num_threads: int) -> None:
+    """`kdkit.turns.take_turns`, which comes with numba."""
+    from kdkit.turns import take_turns
+
+    take_turns(task, num_samples, num_threads)
+
+
+def _num_threads(work: int, least: int) -> int:
+    """As many as torch has, fewer where one would have less work than is worth waking it."""
+    return max(1, min(torch.get_num_threads(), work // least))
