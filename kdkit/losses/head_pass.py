@@ -224,6 +224,7 @@ def _walk_chunks(
         row_scale = _walk_blocks(logits, solver, task, rows, tally=tally, gradients=gradients)
         if row_scale is not None:
             gradients.add_products(rows, logits, row_scale=row_scale, hidden=chunk, weight=head_weight)
+    gradients.finish()
     return tally, gradients
 
 
@@ -274,7 +275,7 @@ def _scaled(gradient: Tensor) -> ScaledGradient:
     return ScaledGradient(gradient.div_(row_scale), row_scale)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Gradients:
     """Gradients by the inputs, in float32 or better; None for an input that requires none."""
 
@@ -284,15 +285,18 @@ class _Gradients:
     """(V, H)"""
     bias: Tensor | None
     """(V,)"""
+    num_ids: int = 0
+    """Rows of the weight's gradient that hold a number already: the first product is written there, not added."""
 
     @classmethod
     def zeros(cls, inputs: Sequence[Tensor | None], needed: Sequence[bool], *, dtype: torch.dtype) -> "_Gradients":
-        def zeros_for(tensor: Tensor | None, need: bool) -> Tensor | None:
+        def empty_for(tensor: Tensor | None, need: bool) -> Tensor | None:
             if tensor is None or not need:
                 return None
-            return torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+            return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
-        return cls(*map(zeros_for, inputs, needed))
+        hidden, weight, bias = map(empty_for, inputs, needed)
+        return cls(hidden if hidden is None else hidden.zero_(), weight, bias if bias is None else bias.zero_())
 
     @property
     def wanted(self) -> bool:
@@ -305,15 +309,25 @@ class _Gradients:
             self.hidden[rows] = (units @ weight) * row_scale  # (n, H)
         if self.weight is None:
             return
-        share = self.weight[: units.shape[-1]]  # (V', H)
+        is_first, self.num_ids = self.num_ids == 0, units.shape[-1]
+        share = self.weight[: self.num_ids]  # (V', H)
         if not _is_half(units.dtype):
-            share.addmm_(units.T, hidden)
+            share.addmm_(units.T, hidden, beta=0 if is_first else 1)  # 0 does not look at what is there
             return
         # The rows' scale, 1/N and all, joins the hidden states; these are in turn brought to the dtype's range, and
         # their own scale is multiplied back in float32: fp16 neither underflows nor overflows.
         left = hidden * row_scale  # (n, H) float32
         scale = _power_of_two(left.abs().amax())
-        share.addcmul_(units.T @ (left / scale).to(units.dtype), scale)
+        product = units.T @ (left / scale).to(units.dtype)
+        if is_first:
+            share.copy_(product).mul_(scale)
+        else:
+            share.addcmul_(product, scale)
+
+    def finish(self) -> None:
+        """Rows of the weight that nothing was added to get 0."""
+        if self.weight is not None:
+            self.weight[self.num_ids :].zero_()
 
 
 def _within(rows: slice, whole: slice) -> slice:
