@@ -59,4 +59,4 @@ docs: $(DOCS_STAMP)
 
 clean:
 	rm -rf $(VENV) build dist docs/api *.egg-info
-	find kdkit -name '*.nb[ic]' -delete
+	rm -rf kdkit/__pycache__/kdkit-loops-*

@@ -1,15 +1,21 @@
 """Loops that numba compiles for this CPU: whether they can be had, how they are compiled, who runs them.
 
-numba is the extra "fast" and is imported at the first use alone. All that uses it has a path without.
+numba is the extra "fast" and is imported at the first use alone. All that uses it has a path without. Files of loops
+begin with an underscore.
 """
 
+import hashlib
 import os
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+PACKAGE = Path(__file__).parent
 IN_ORDER = frozenset({"contract", "nsz"})
 """Of the "fast" rules of floating point those that change no value by more than a rounding."""
 ANY_ORDER = IN_ORDER | {"reassoc"}
@@ -35,11 +41,44 @@ def compiled(rules: frozenset[str] = IN_ORDER) -> Callable[[Callable[..., Any]],
 
     def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
-            return njit(cache=True, **options)(function)
-        except RuntimeError:  # numba found no such folder
+            with _code_kept_in(_folder()):
+                return njit(cache=True, **options)(function)
+        except RuntimeError:  # numba found no folder to write to
             return njit(**options)(function)
 
     return compile_
+
+
+@contextmanager
+def _code_kept_in(folder: Path) -> Iterator[None]:
+    """numba's own folders go by the one file that a function is written in, and the code of others is built into it."""
+    from numba import config
+
+    before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = before
+
+
+@cache
+def _folder() -> Path:
+    """Where the machine code of these loops is kept; that of former ones is removed."""
+    from numba import config
+
+    parent = Path(config.CACHE_DIR or PACKAGE / "__pycache__")
+    folder = parent / f"kdkit-loops-{digest(PACKAGE)}"
+    for former in set(parent.glob("kdkit-loops-*")) - {folder}:
+        shutil.rmtree(former, ignore_errors=True)
+    return folder
+
+
+def digest(package: Path) -> str:
+    """16 hex digits of all files of loops: their names begin with one underscore."""
+    found = hashlib.sha256(Path(__file__).read_bytes())
+    for file in sorted(package.rglob("_[!_]*.py")):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def share_out(task: Callable[[int, int, int], None], chunks: Iterable[tuple[int, int]], num_threads: int) -> None:
@@ -65,10 +104,10 @@ def share_out(task: Callable[[int, int, int], None], chunks: Iterable[tuple[int,
 
 def help_with(task: Callable[..., None], num_threads: int, *arguments: Any) -> list[Future[None]]:
     """Have task(*arguments, thread) begun by all threads but the caller's own, which is thread 0."""
-    return [_pool(num_threads, os.getpid()).submit(task, *arguments, thread) for thread in range(1, num_threads)]
+    return [_pool(os.getpid()).submit(task, *arguments, thread) for thread in range(1, num_threads)]
 
 
 @cache
-def _pool(num_threads: int, _process: int) -> ThreadPoolExecutor:
-    """Threads beside the calling one; a forked process has to have its own."""
-    return ThreadPoolExecutor(num_threads - 1, thread_name_prefix="kdkit")
+def _pool(_process: int) -> ThreadPoolExecutor:
+    """Threads beside the calling one, begun as they are needed; a forked process has to have its own."""
+    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="kdkit")

@@ -285,6 +285,30 @@ class TestNothingToCount:
         assert (torch.autograd.grad(from_logits.total, student_logits)[0] == 0).all()
 
 
+class TestFreshMemory:
+    @pytest.fixture(autouse=True)
+    def nothing_but_nan(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What was in memory before may be anything."""
+        monkeypatch.setattr(torch, "empty_like", lambda x, **given: torch.full_like(x, math.nan, **given))
+
+    @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-9), (torch.bfloat16, 0.03)])
+    def test_ids_that_the_head_does_not_have_get_no_gradient(self, dtype: torch.dtype, rtol: float) -> None:
+        scene = make_scene(dtype, vocab_size=V - 3)
+        targets = scene.targets.clamp(max=V - 4)
+        result = head_pass(scene.hidden, scene.head, None, [LabelTerm("lm", targets)], chunk_tokens=8)
+        gradients = scene.gradients(result.total)
+        assert all((gradient[V - 3 :] == 0).all() for gradient in gradients[1:])
+        expected = torch.nn.functional.cross_entropy(scene.student_logits(), targets, reduction="sum")
+        assert_same_gradients(gradients, scene.gradients(expected), rtol=rtol)
+
+    @pytest.mark.parametrize("num_positions", [0, 5])
+    def test_terms_that_count_for_nothing_give_none(self, num_positions: int) -> None:
+        scene = make_scene(num_positions=num_positions)
+        terms = [DivergenceTerm("kd", forward_kl, weight=0.0), LabelTerm("lm", scene.targets, weight=0.0)]
+        result = head_pass(scene.hidden, scene.head, scene.signal, terms)
+        assert all((gradient == 0).all() for gradient in scene.gradients(result.total))
+
+
 class TestMemory:
     @pytest.mark.parametrize("kept", [None, 5])
     def test_no_tensor_of_all_positions_and_ids_is_made(self, kept: int | None) -> None:

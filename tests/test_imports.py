@@ -77,7 +77,7 @@ FLOORS = (
         "teacher.kept",
         "teacher.signal",
     ),
-    ("turns",),
+    ("_turns",),
     ("compiled", "cuda", "errors", "files"),
 )
 SPLIT = {"data", "teacher", "training"}
@@ -87,9 +87,9 @@ HEAVY |= {"numba", "transformers"}
 LIGHT = ("attached", "errors", "schedules", "config", "runtime", "plots", "memory", "doctor", "cli")
 LIGHT += ("session.packages", "session.place")  # a notebook calls them before anything is installed
 COUNTING = ("memory.counting", "memory.exact", "memory.generation", "memory.stand_ins")  # run the step itself
-TORCH_ONLY = ("compiled", "cuda", "losses", "softdtw", "teacher.kept", "teacher.signal", "turns")
+TORCH_ONLY = ("compiled", "cuda", "losses", "softdtw", "teacher.kept", "teacher.signal", "_turns")
 COMPILER = {"compiled": {"numba"}, "softdtw._kernels": {"numba"}}
-COMPILER |= {module: {"llvmlite", "numba"} for module in ("softdtw._tiles", "turns")}
+COMPILER |= {module: {"llvmlite", "numba"} for module in ("softdtw._tiles", "_turns")}
 PRESENTATION = {"inspection", "notebook", "plots", "widgets", "report"}
 
 
@@ -245,7 +245,7 @@ class TestThirdParty:
         assert [target for target in GRAPH[module] if not is_within(target, TORCH_ONLY)] == []
 
     def test_softdtw_knows_no_losses_and_no_teacher(self):
-        allowed = ("compiled", "cuda", "softdtw", "turns")
+        allowed = ("_turns", "compiled", "cuda", "softdtw")
         for module in modules_in(("softdtw",)):
             assert [target for target in GRAPH[module] if not is_within(target, allowed)] == []
 

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,15 @@ def costs(*shape: int, seed: int = 0) -> Tensor:
 
 def is_inside(i: int, j: int, *, n: int, m: int, band: int | None) -> bool:
     return i < n and j < m and (band is None or abs(i * (m - 1) - j * (n - 1)) <= band * (max(n, m) - 1))
+
+
+def admissible(n: Tensor, m: Tensor, *, side: int, band: int | None) -> Tensor:
+    """(B, side, side) `is_inside` of every cell."""
+    n, m = n[:, None, None], m[:, None, None]
+    i, j = torch.arange(side)[:, None], torch.arange(side)
+    distance = (i * (m - 1) - j * (n - 1)).abs()
+    near = torch.ones_like(distance, dtype=torch.bool) if band is None else distance <= band * (n.maximum(m) - 1)
+    return (i < n) & (j < m) & near
 
 
 def ragged_batch(band: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,13 +96,39 @@ class TestNative:
         longest = 3 * HEIGHT + 6
         sides = [1, HEIGHT - 1, HEIGHT, HEIGHT + 1, 2 * HEIGHT, 2 * HEIGHT + 1, longest]
         n, m = torch.tensor([*sides, longest, 0]), torch.tensor([*sides[::-1], longest, longest])
-        cost = costs(len(n), longest, longest)
-        cost[-2, HEIGHT - 1, : longest - 1] = math.inf  # all paths pass from one strip to the next in a single cell
+        n, m = torch.cat([n, torch.tensor([130, 390, HEIGHT])]), torch.cat([m, torch.tensor([390, 130, 6])])
+        cost = costs(len(n), longest, longest).masked_fill_(~admissible(n, m, side=longest, band=band), math.nan)
+        cost[7, HEIGHT - 1, : longest - 1] *= math.inf  # all paths pass from one strip to the next in a single cell
         value, alignment = soft_dtw_and_alignment(cost, n, m, gamma=0.1, band=band, backend="native")
         exact = soft_dtw_and_alignment(cost.double(), n, m, gamma=0.1, band=band, backend="torch")
         torch.testing.assert_close(value.double(), exact[0], rtol=2e-6, atol=0)
         torch.testing.assert_close(alignment.double(), exact[1], rtol=0, atol=1e-5)
         assert torch.equal(soft_dtw(cost, n, m, gamma=0.1, band=band, backend="native"), value)
+
+    def test_a_nan_in_one_strip_stays_in_its_sample(self) -> None:
+        cost = costs(3, 300, 200)
+        exact = soft_dtw_and_alignment(cost[1:], gamma=0.1, backend="native")
+        cost[0, 140, 100] = math.nan
+        value, alignment = soft_dtw_and_alignment(cost, gamma=0.1, backend="native")
+        assert value[0].isnan()
+        assert alignment[0].isnan().all()
+        assert torch.equal(value[1:], exact[0])
+        assert torch.equal(alignment[1:], exact[1])
+
+    def test_a_batch_may_be_empty(self) -> None:
+        value, alignment = soft_dtw_and_alignment(costs(0, 5, 6), gamma=0.1, backend="native")
+        assert value.shape == (0,)
+        assert alignment.shape == (0, 5, 6)
+
+    def test_torchs_default_dtype_does_not_matter(self) -> None:
+        cost = costs(3, 30, 40)
+        expected = soft_dtw_and_alignment(cost, gamma=0.1, backend="native")
+        torch.set_default_dtype(torch.float64)
+        try:
+            found = soft_dtw_and_alignment(cost, gamma=0.1, backend="native")
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
 
     @pytest.mark.parametrize("band", [None, 3])
     def test_the_gradient_is_the_alignment_times_what_comes_from_above(self, band: int | None) -> None:
@@ -151,21 +187,24 @@ class TestNative:
         assert cost.grad[1].isnan().all()
         assert cost.grad[[0, 2]].isfinite().all()
 
-    def test_the_number_of_threads_changes_nothing(self) -> None:
-        cost = costs(24, 160, 150)
-        n, m = torch.arange(137, 161), torch.arange(150, 126, -1)
+    def test_the_number_of_threads_changes_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(native, "CELLS_A_THREAD", 1)
+        monkeypatch.setattr(native, "ENTRIES_A_THREAD", 1)
+        cost = costs(24, 60, 50)
+        n, m = torch.arange(37, 61), torch.arange(50, 26, -1)
         before, found = torch.get_num_threads(), []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            found.append(soft_dtw_and_alignment(cost, n, m, gamma=0.1, band=40, backend="native"))
+            found.append(soft_dtw_and_alignment(cost, n, m, gamma=0.1, band=9, backend="native"))
         torch.set_num_threads(before)
         assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
     def test_a_forked_process_has_threads_of_its_own(self) -> None:
         code = (
             "import os, torch\n"
-            "from kdkit.softdtw import soft_dtw\n"
+            "from kdkit.softdtw import native, soft_dtw\n"
             "torch.set_num_threads(2)\n"
+            "native.CELLS_A_THREAD = 1\n"
             "cost = torch.ones(8, 80, 80)\n"
             "value = soft_dtw(cost, gamma=0.1, backend='native')\n"
             "child = os.fork()\n"
@@ -222,15 +261,27 @@ class TestPlans:
         exec("def twice(x):\n    return x + x", names)  # without a file there is no place beside it
         assert compiled.compiled()(names["twice"])(21) == 42
 
+    def test_a_change_in_any_file_of_loops_compiles_all_of_them_anew(self, tmp_path: Path) -> None:
+        from kdkit.softdtw import _kernels
+
+        assert compiled.digest(compiled.PACKAGE) in _kernels.solve.stats.cache_path
+        for name in ("__init__.py", "_loops.py", "inner/_more.py"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("one")
+        before = compiled.digest(tmp_path)
+        (tmp_path / "__init__.py").write_text("two")
+        assert compiled.digest(tmp_path) == before
+        (tmp_path / "inner/_more.py").write_text("two")
+        assert compiled.digest(tmp_path) != before
+
     def test_threads_share_any_iterable(self) -> None:
         seen: list[int] = []
         chunks = ((number, number + 1) for number in range(20_000))
         compiled.share_out(lambda begin, end, thread: seen.append(begin), chunks, 4)
         assert sorted(seen) == list(range(20_000))
 
-    @needs_numba
     def test_every_turn_is_taken_once_by_some_thread(self) -> None:
-        from kdkit import turns
+        from kdkit import _turns as turns
 
         @compiled.compiled()
         def count(turns_left: "turns.Array", counts: "turns.Array") -> None:
@@ -245,13 +296,16 @@ class TestPlans:
             turns.take_turns(lambda own, _, counts=counts: count(own, counts), num_items, 4)
             assert (counts == 1).all()
 
-    @needs_numba
     def test_what_fails_in_a_helper_is_raised(self) -> None:
-        from kdkit import turns
+        from kdkit import _turns as turns
+
+        begun = threading.Event()
 
         def fail(_turns: object, thread: int) -> None:
             if thread > 0:
+                begun.set()
                 raise MemoryError("no room")
+            begun.wait()
 
         with pytest.raises(MemoryError, match="no room"):
             turns.take_turns(fail, 1, 2)

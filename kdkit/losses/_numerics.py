@@ -1,8 +1,7 @@
 """Exponentials, logarithms and sums of a row, compiled by numba: what the loops of several modules are made of.
 
 `exp` and `log` are polynomials, for numba has no vector of either; they keep their order of operations, on which they
-depend. numba keeps machine code by the file that it was written in alone: after a change here remove `*.nbi` of the
-others (`make clean`).
+depend.
 """
 
 import math

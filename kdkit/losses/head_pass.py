@@ -216,7 +216,7 @@ def _walk_chunks(
     head_weight = weight[:num_ids].to(dtype)  # (V', H), cast once
     head_bias = None if bias is None else bias[:num_ids].to(dtype)  # (V',)
     tally = Tally.zeros(task, num_positions, like=head_weight)
-    gradients = _Gradients.zeros(inputs, needed, dtype=tally.values.dtype)
+    gradients = _Gradients.for_inputs(inputs, needed, dtype=tally.values.dtype)
     solver, room = solver_for(backend, task, like=head_weight), Room()
     for rows in walk(slice(0, num_positions), task.chunk_tokens, task.spans):
         chunk = hidden[rows].to(dtype)  # (n, H)
@@ -282,14 +282,14 @@ class _Gradients:
     hidden: Tensor | None
     """(N, H)"""
     weight: Tensor | None
-    """(V, H)"""
+    """(V, H), nothing to go by before `finish`."""
     bias: Tensor | None
     """(V,)"""
     num_ids: int = 0
     """Rows of the weight's gradient that hold a number already: the first product is written there, not added."""
 
     @classmethod
-    def zeros(cls, inputs: Sequence[Tensor | None], needed: Sequence[bool], *, dtype: torch.dtype) -> "_Gradients":
+    def for_inputs(cls, inputs: Sequence[Tensor | None], needed: Sequence[bool], *, dtype: torch.dtype) -> "_Gradients":
         def empty_for(tensor: Tensor | None, need: bool) -> Tensor | None:
             if tensor is None or not need:
                 return None

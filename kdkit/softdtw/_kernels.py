@@ -25,9 +25,9 @@ import numpy as np
 from numba import njit
 from numpy.polynomial import Chebyshev, Polynomial
 
+from kdkit._turns import finish, next_turn
 from kdkit.compiled import compiled
 from kdkit.softdtw._tiles import TILE, fetch, put_tile, take_tile
-from kdkit.turns import finish, next_turn
 
 Array = np.ndarray
 Rows = tuple[Array, Array, Array]
@@ -44,7 +44,7 @@ HEIGHT = 128
 WIDTH = HEIGHT + 4 * LANES
 """Of a line of costs or masses, with room for whole lanes."""
 GUARD = 4 * LANES
-"""Slots before and after the stored shares that the way back may read; they hold 0."""
+"""Slots after the stored shares that the way back may read; they hold 0."""
 
 # |costs| of a path must sum to less than 2^28 in units of gamma log 2; what nothing reaches lies far below.
 MAX_TOTAL = 2.0**28
@@ -135,7 +135,7 @@ def plan_batch(lengths_n: Array, lengths_m: Array, band: int, most: int, starts:
             starts[b + 1] += rows[2][n - 1] + rows[1][n - 1] + 1
             total, largest = _count_slots(rows)
             needed = max(needed, total if total <= most else largest)
-    return needed + 2 * GUARD
+    return needed + GUARD
 
 
 @compiled()
@@ -304,14 +304,15 @@ def _backward(
     after, second = spare, spare + width
     for start in range((count - 1) // DEPTH * DEPTH, -1, -DEPTH):
         stop = min(start + DEPTH, count)
-        # A row's piece may lie in two lines of the cache, and they are far: this is half of the time of 1,024 x 1,024.
+        # To wait for these cache lines later, two for a row, would double the time of 1,024 x 1,024.
         for r in range(first[start], last[stop - 1] + 1):
             fetch(cells, min(max(bases[r] + start, 0), len(cells) - 1))
             fetch(cells, min(max(bases[r] + start + DEPTH - 1, 0), len(cells) - 1))
         for d in range(stop - 1, start - 1, -1):
             current = np.uint64(d - start) * width
             row, end = np.uint64(first[d]), np.uint64(last[d]) + one
-            # Beyond the strip there is no mass, and no matter which shares it is multiplied by.
+            # Beyond the strip there is no mass; the shares read there count for nothing, and are numbers: all slots of
+            # a strip are written before any is read.
             b, c = min(d + 1, count - 1), min(d + 2, count - 1)
             to_left = np.uint64(slot[b] + first[d] - first[b])
             to_up, to_diagonal = to_left + one, np.uint64(slot[c] + first[d] - first[c] + 1)
@@ -348,8 +349,6 @@ def _solve_sample(
     num_strips, store_all = (n + HEIGHT - 1) // HEIGHT, _count_slots(rows)[0] <= most
     half = len(shares) // 2
     share_up, share_left = shares[:half], shares[half:]
-    for k in range(GUARD):
-        share_up[k] = share_left[k] = np.float32(0.0)
     # The virtual origin (-1, -1) has Z = 1.
     mantissas, exponents = (
         np.ones((num_strips + 1, m + 2), np.float32),
@@ -357,7 +356,7 @@ def _solve_sample(
     )
     exponents[0, 0] = 0
     scales = math.log2(math.e) / gamma, min(2.0**22, MAX_TOTAL / (n + m - 1))
-    slots = np.full(num_strips + 1, GUARD)
+    slots = np.zeros(num_strips + 1, np.int64)
     misfit = False
     for s in range(num_strips):
         strip = _plan_strip(s * HEIGHT, rows, diagonals, slots[s], wanted)
@@ -402,9 +401,9 @@ def solve(
         cost: (B, N, M) float32.
         band: 0 = none.
         most, starts: of `plan_batch`.
-        turns: of `kdkit.turns`, shared by the threads.
+        turns: of `kdkit._turns`, shared by the threads.
         shares: float32 workspace, twice as long as `plan_batch` says.
-        values: (B,) float64, written to; 0 for an empty sample.
+        values: (B,) float32, written to; 0 for an empty sample.
         misfits: (B,) bool, written to: a cost was NaN, -inf or too large for the number format, and what
             was found is nothing to go by.
         cells: written to; length 0 if the alignment is not wanted.

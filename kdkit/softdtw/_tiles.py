@@ -8,6 +8,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.base import BaseContext
+from numba.core.errors import TypingError
 from numba.core.typing import Signature
 from numba.core.typing.context import Context
 from numba.extending import intrinsic
@@ -40,6 +41,13 @@ def _vector_at(builder: ir.IRBuilder, data: ir.Value, index: ir.Value) -> ir.Val
     return builder.bitcast(builder.gep(data, [index]), VECTOR.as_pointer())
 
 
+def _check(array: types.Type, bases: types.Type, block: types.Type) -> None:
+    """What is stepped over as float32 must be that."""
+    for given, allowed in ((array, types.float32), (bases, types.int64), (block, types.float32)):
+        if given != types.Array(allowed, 1, "C"):
+            raise TypingError(f"an array is {given}; allowed: {allowed} of one dimension, C order")
+
+
 class _Tile:
     """The two sides of a tile: rows in the one array begin at `bases[row + k] + shift`, in the other `width` apart."""
 
@@ -66,6 +74,7 @@ class _Tile:
 @intrinsic
 def take_tile(_: Context, array, bases, row, shift, block, at, width):  # type: ignore[no-untyped-def]
     """block[at + width * c + k] = array[bases[row + k] + shift + c] for k and c below TILE; flat arrays."""
+    _check(array, bases, block)
 
     def generate(context: BaseContext, builder: ir.IRBuilder, signature: Signature, arguments: tuple) -> ir.Value:
         tile = _Tile(context, builder, signature, arguments)
@@ -78,6 +87,7 @@ def take_tile(_: Context, array, bases, row, shift, block, at, width):  # type: 
 @intrinsic
 def put_tile(_: Context, array, bases, row, shift, block, at, width):  # type: ignore[no-untyped-def]
     """The way back: array[bases[row + k] + shift + c] = block[at + width * c + k]."""
+    _check(array, bases, block)
 
     def generate(context: BaseContext, builder: ir.IRBuilder, signature: Signature, arguments: tuple) -> ir.Value:
         tile = _Tile(context, builder, signature, arguments)

@@ -2,7 +2,8 @@
 
 Samples are shared out among as many threads as torch uses; the result does not depend on how many. Memory
 beyond the result: one float32 for each admissible cell, kept for the backward pass, and for each thread two
-for each admissible cell of the largest sample, at most 16 MiB or those of 128 rows.
+for each admissible cell of the largest sample; of one that would need more than 16 MiB, two for each of 128 rows' cells
+and a fortieth of the cost.
 """
 
 from collections.abc import Callable
@@ -56,9 +57,9 @@ def align(
     starts = np.empty(len(cost) + 1, np.int64)
     num_slots = kernels.plan_batch(*sizes, KEPT_SLOTS, starts)
     num_cells = int(starts[-1])
-    cells, found = torch.empty(num_cells if with_alignment else 0), torch.empty(len(cost))
-    num_threads = _num_threads(num_cells, CELLS_A_THREAD)
-    shares = torch.empty(num_threads, 2 * num_slots).numpy()
+    cells, found = _floats(num_cells if with_alignment else 0), _floats(len(cost))
+    num_threads = _num_threads(len(cost), num_cells // CELLS_A_THREAD)
+    shares = _floats(num_threads, 2 * num_slots).numpy()
     values, misfits, given, packed = found.numpy(), np.empty(len(cost), bool), cost.contiguous().numpy(), cells.numpy()
 
     def solve(turns: np.ndarray, thread: int) -> None:
@@ -92,23 +93,28 @@ def _kernels() -> ModuleType:
 def _spread(cells: Tensor, factors: Tensor, *, sizes: Sizes, starts: np.ndarray, shape: torch.Size) -> Tensor:
     """The packed cells times the factors, (B, N, M)."""
     kernels = _kernels()
-    out = torch.empty(shape)
+    out = _floats(*shape)
     packed, laid_out, factor = cells.numpy(), out.numpy(), factors.to(torch.float32).contiguous().numpy()
 
     def spread(turns: np.ndarray, _thread: int) -> None:
         kernels.spread(packed, *sizes, factor, starts, turns, laid_out)
 
-    _take_turns(spread, len(out), _num_threads(out.numel(), ENTRIES_A_THREAD))
+    _take_turns(spread, len(out), _num_threads(len(out), out.numel() // ENTRIES_A_THREAD))
     return out
 
 
 def _take_turns(task: Callable[[np.ndarray, int], None], num_samples: int, num_threads: int) -> None:
-    """`kdkit.turns.take_turns`, which comes with numba."""
-    from kdkit.turns import take_turns
+    """`kdkit._turns.take_turns`, which comes with numba."""
+    from kdkit._turns import take_turns
 
     take_turns(task, num_samples, num_threads)
 
 
-def _num_threads(work: int, least: int) -> int:
-    """As many as torch has, fewer where one would have less work than is worth waking it."""
-    return max(1, min(torch.get_num_threads(), work // least))
+def _num_threads(num_samples: int, num_shares: int) -> int:
+    """As many as torch has, at most one for a sample or for a share that is worth waking it."""
+    return max(1, min(torch.get_num_threads(), num_samples, num_shares))
+
+
+def _floats(*shape: int) -> Tensor:
+    """Memory for the loops, which look at no dtype; torch's default one may be another."""
+    return torch.empty(*shape, dtype=torch.float32, device="cpu")

@@ -11,6 +11,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core.base import BaseContext
+from numba.core.errors import TypingError
 from numba.core.typing import Signature
 from numba.core.typing.context import Context
 from numba.extending import intrinsic
@@ -27,7 +28,10 @@ LOOKS = 20_000
 
 
 def take_turns(task: Callable[[Array, int], None], num_items: int, num_threads: int) -> None:
-    """Run task(turns, thread) on every thread until all items are done; for short ones, of some 0.01 ms.
+    """Run task(turns, thread) on some threads until all items are done; for short ones, of some 0.01 ms.
+
+    A helper that finds no item left may end a moment later than this returns. What goes wrong in one is raised where
+    an item stays undone.
 
     Args:
         task: a compiled loop that takes its items by `next_turn` and runs without the GIL; thread counts from 0.
@@ -37,15 +41,18 @@ def take_turns(task: Callable[[Array, int], None], num_items: int, num_threads: 
     turns = np.zeros(SIZE, np.int64)
     helpers = help_with(task, num_threads, turns)
     task(turns, 0)
+    begun = [helper for helper in helpers if not helper.cancel()]
     # To wait for the helpers themselves is to wait for Python's lock to change hands.
     if not _are_done(turns, num_items, LOOKS):
-        for helper in helpers:
+        for helper in begun:
             helper.result()
 
 
 @intrinsic
 def _add(_: Context, counters: types.Array, index: types.Integer, amount: types.Integer):  # type: ignore[no-untyped-def]
     """counters[index] += amount in one piece; what it was. All that a thread wrote before is seen by who reads it."""
+    if counters != types.Array(types.int64, 1, "C"):
+        raise TypingError(f"the counters are {counters}; allowed: int64 of one dimension, C order")
 
     def generate(
         context: BaseContext, builder: ir.IRBuilder, signature: Signature, arguments: tuple[ir.Value, ...]
