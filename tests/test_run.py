@@ -70,7 +70,9 @@ class TestBanner:
         monkeypatch.setattr("kdkit.training.run.cpu_bfloat16_units", lambda: units)
         config = tiny_config(pair, "optim.precision=bfloat16", max_steps=1)
         run_distillation(config, tmp_path / "run")
-        assert ("torch emulates it" in capsys.readouterr().err) == (not units)
+        said = capsys.readouterr().err
+        assert ("torch emulates it" in said) == (not units)
+        assert ("teacher.dtype=bfloat16" in said) == bool(units)
 
 
 class TestResume:

@@ -147,11 +147,8 @@ class _Run:
         if self.cache is not None:
             self._check_cached_rows(self.cache)
             say(f"teacher: {self.cache.describe()}")
-        if self.config.optim.precision == "bfloat16" and self.machine.device == "cpu" and not cpu_bfloat16_units():
-            say(
-                "optim.precision=bfloat16: no units for it (AMX, AVX512-BF16, Arm BF16) are known of this CPU; without "
-                "them torch emulates it, slowly: optim.precision=float32 is likely faster"
-            )
+        if self.config.optim.precision == "bfloat16" and self.machine.device == "cpu":
+            self._say_what_bfloat16_does()
         if self.processes.is_main_process:
             setup = {
                 "precision": self._dtype_name(self.config.optim.precision),
@@ -159,6 +156,19 @@ class _Run:
             }
             self.folder.open(self.config, rows=used, setup=setup, resume=resume)
         self.processes.wait_for_everyone()
+
+    def _say_what_bfloat16_does(self) -> None:
+        """On a CPU; the student's passes alone take `optim.precision`."""
+        if not (units := cpu_bfloat16_units()):
+            say(
+                "optim.precision=bfloat16: no units for it (AMX, AVX512-BF16, Arm BF16) are known of this CPU; without "
+                "them torch emulates it, slowly: optim.precision=float32 is likely faster"
+            )
+        elif self.config.teacher.dtype == "auto" and self.cache is None:
+            say(
+                f"optim.precision=bfloat16: the student's products take the {units} units; the teacher's stay in "
+                "float32 and may then be most of a step: with teacher.dtype=bfloat16 they take the units too"
+            )
 
     def stage(self, index: int, name: str, *, after: Path | None) -> Path:
         """Run one stage unless it is already done; returns the folder of its student."""
