@@ -1,8 +1,8 @@
 """`kdkit plan`: from its options to what it prints and writes."""
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -10,11 +10,14 @@ from kdkit.config import DistillConfig
 from kdkit.errors import UserError
 from kdkit.files import write_whole
 from kdkit.memory.cards import Card, choose_card
-from kdkit.memory.fit import Fit, fit_run
+from kdkit.memory.fit import Fit, as_settings, fit_run
 from kdkit.memory.planning import Pair, RunPlan, are_other_tokenizers, plan_run, stages_of
 from kdkit.memory.showing import plan_bars, plan_json, plan_lines, plan_table
 from kdkit.memory.sizes import find_config
 from kdkit.runtime import GIB
+
+if TYPE_CHECKING:
+    from kdkit.memory.exact import Counted
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,34 @@ class PlanRequest:
 
 
 @dataclass(frozen=True)
+class CountedPlan:
+    """The peak of the stage that needs most, counted, beside its estimate."""
+
+    step: "Counted"
+    planned_bytes: int
+    crosses_tokenizers: bool
+
+    @property
+    def as_json(self) -> dict[str, object]:
+        """For programs."""
+        own = {"planned_bytes": self.planned_bytes, "crosses_tokenizers": self.crosses_tokenizers}
+        return asdict(self.step) | own
+
+    def __str__(self) -> str:
+        peak, planned = self.step.peak_bytes, self.planned_bytes
+        return (
+            f"counted: tensors of at most {peak / GIB:.2f} GiB, in phase {self.step.phase}; planned "
+            f"{planned / GIB:.2f} ({planned / peak - 1:+.1%}), without context and slack"
+        )
+
+
+@dataclass(frozen=True)
 class PlanAnswer:
     """A plan, what `--fit` proposes and what `--exact` counted."""
 
     plan: RunPlan
     fit: Fit | None = None
-    counted: dict[str, object] = field(default_factory=dict)
+    counted: CountedPlan | None = None
 
     @property
     def fits(self) -> bool:
@@ -61,7 +86,7 @@ class PlanAnswer:
                 "given_up": list(self.fit.given_up),
                 "plan": plan_json(self.fit.plan),
             }
-        return answer | ({"exact": self.counted} if self.counted else {})
+        return answer if self.counted is None else answer | {"exact": self.counted.as_json}
 
     def show(self) -> None:
         """Print it for people: tables and sentences on stdout."""
@@ -69,29 +94,20 @@ class PlanAnswer:
 
         console = Console(width=None if Console().is_terminal else 110, highlight=False)
         console.print(plan_table(self.plan.worst))
-        for line in [*plan_lines(self.plan), *self._exact_lines(), *self._fit_lines()]:
+        counted = [] if self.counted is None else [str(self.counted)]
+        for line in [*plan_lines(self.plan), *counted, *self._fit_lines()]:
             console.print(line, soft_wrap=True, markup=False)
-
-    def _exact_lines(self) -> list[str]:
-        if not self.counted:
-            return []
-        return [str(self.counted["line"])]
 
     def _fit_lines(self) -> list[str]:
         if self.fit is None:
             return []
         if not self.fit.changes:
             return ["nothing to change: the settings fit, and none that train the same are faster"]
-        settings = " ".join(f"--set {name}={_as_yaml(value)}" for name, value in self.fit.changes.items())
-        lines = [f"proposal: {settings}", *(f"  {line}" for line in plan_lines(self.fit.plan))]
+        proposal = as_settings(self.fit.changes, option="--set ")
+        lines = [f"proposal: {proposal}", *(f"  {line}" for line in plan_lines(self.fit.plan))]
         if self.fit.given_up:
             lines.append(f"  for that: {'; '.join(self.fit.given_up)}")
         return lines
-
-
-def _as_yaml(value: object) -> str:
-    """A value as `--set` reads it."""
-    return json.dumps(value) if isinstance(value, bool | None) else str(value)
 
 
 def answer_plan(config: DistillConfig, request: PlanRequest) -> PlanAnswer:
@@ -108,7 +124,7 @@ def answer_plan(config: DistillConfig, request: PlanRequest) -> PlanAnswer:
     card, pair = request.card(), Pair.of(config)
     plan = plan_run(config, card, pair=pair, measured=request.measured)
     fit = fit_run(config, card, pair=pair) if request.fit else None
-    answer = PlanAnswer(plan, fit, _count(config, plan) if request.exact else {})
+    answer = PlanAnswer(plan, fit, _count(config, plan) if request.exact else None)
     if request.figure is not None:
         write_whole(request.figure, _figure(plan if fit is None else fit.plan, request.figure))
     if request.output is not None and fit is not None:
@@ -116,8 +132,8 @@ def answer_plan(config: DistillConfig, request: PlanRequest) -> PlanAnswer:
     return answer
 
 
-def _count(config: DistillConfig, plan: RunPlan) -> dict[str, object]:
-    """The peak of the stage that needs most, counted on fake tensors, beside the estimate."""
+def _count(config: DistillConfig, plan: RunPlan) -> CountedPlan:
+    """`CountedPlan`, on tensors without values."""
     import warnings
 
     from transformers import AutoConfig
@@ -138,12 +154,7 @@ def _count(config: DistillConfig, plan: RunPlan) -> dict[str, object]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of models without values
         counted = count_step(stage, **shapes, precision=worst.card.precision, crosses=crosses)
-    peak, planned = counted.peak_bytes, worst.tensor_bytes
-    line = (
-        f"counted: tensors of at most {peak / GIB:.2f} GiB, in phase {counted.phase}; planned {planned / GIB:.2f} "
-        f"({planned / peak - 1:+.1%}), without context and slack"
-    )
-    return {**asdict(counted), "planned_bytes": planned, "crosses_tokenizers": crosses, "line": line}
+    return CountedPlan(counted, worst.tensor_bytes, crosses)
 
 
 def _figure(plan: RunPlan, path: Path) -> bytes:

@@ -84,9 +84,10 @@ def fit_run(config: DistillConfig, card: Card, *, pair: Pair | None = None) -> F
     )
 
 
-def as_settings(changes: Changes) -> str:
-    """Changes as `--set` takes them, side by side."""
-    return " ".join(f"{name}={value}" for name, value in changes.items())
+def as_settings(changes: Changes, *, option: str = "") -> str:
+    """Changes as `--set` takes them, side by side, an option before each."""
+    spelled = {name: json.dumps(v) if isinstance(v, bool | None) else v for name, v in changes.items()}
+    return " ".join(f"{option}{name}={value}" for name, value in spelled.items())
 
 
 def _sacrifices(config: DistillConfig, pair: Pair) -> Iterator[tuple[tuple[str, ...], Changes]]:
