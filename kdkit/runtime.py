@@ -37,8 +37,13 @@ FULL_FRACTION = 0.92
 # bfloat16 units begin with Ampere; torch.cuda.is_bf16_supported() also counts emulation, which is very slow.
 BF16_CAPABILITY: Capability = (8, 0)
 _BFLOAT16_UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm BF16"}
-# bitsandbytes documents LLM.int8 from here on; NF4 needs 6.0.
+# torch's fused attention reads keys that heads share as they are, and FlashAttention 2 runs, from here on.
+FLASH_CAPABILITY: Capability = (8, 0)
+# bitsandbytes documents LLM.int8 from here on, and NF4.
 INT8_CAPABILITY: Capability = (7, 5)
+NF4_CAPABILITY: Capability = (6, 0)
+NF4_BLOCK = 64
+"""Weights that share a float32 scale in bitsandbytes' 4-bit layers, without double quantization."""
 # torch 2.7.1 for CUDA 12.6 has kernels from 5.0 on; from 2.8 on the builds on PyPI leave old cards out.
 OLD_CARD_CAPABILITIES: tuple[Capability, Capability] = ((5, 0), (7, 5))
 INSTALL_FOR_OLD_CARD = "pip install torch==2.7.1 --index-url https://download.pytorch.org/whl/cu126"

@@ -21,12 +21,9 @@ from kdkit.loading import check_finite_logits, describe_model, load_model
 from kdkit.loading.places import locate, one_message
 from kdkit.losses import divergence
 from kdkit.plots import Row
-from kdkit.runtime import GIB, Preflight
+from kdkit.runtime import GIB, NF4_BLOCK, NF4_CAPABILITY, Preflight
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-NF4_BLOCK = 64
-"""Weights that share one float32 scale in bitsandbytes' 4-bit blocks."""
-NF4_CAPABILITY = (6, 0)
 PARTS = ("embeddings", "experts", "other")
 """Head and embeddings; what only some tokens go through; attention, dense and shared layers, norms, routers."""
 

@@ -10,6 +10,7 @@ from kdkit.loading.heads import (
     check_tokenizer_fits,
     head_of,
     head_width,
+    num_experts,
     shape_of,
     shared_vocab_size,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "load_teacher",
     "load_tokenizer",
     "merge_lora",
+    "num_experts",
     "output_flags",
     "read_lora",
     "shape_of",

@@ -14,9 +14,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from kdkit.runtime import FLASH_CAPABILITY
+
 NAME = "sdpa_ungrouped"
 """Under which transformers knows it."""
-FLASH_CAPABILITY = (8, 0)
 
 
 def spread_shared_keys(model: PreTrainedModel) -> None:

@@ -57,7 +57,7 @@ def head_of(model: PreTrainedModel, *, vocab_size: int | None = None) -> Head:
     Returns:
         `Head`; the gradient of its logits reaches the model's parameters.
     Raises:
-        ValueError: the head is not a plain `torch.nn.Linear` (wrapped by LoRA, quantised, or absent).
+        ValueError: the head is not a plain `torch.nn.Linear` (wrapped by LoRA, quantized, or absent).
     """
     obstacle = _head_obstacle(model)
     if obstacle is not None:
@@ -78,8 +78,13 @@ def shape_of(model: PreTrainedModel, *, dense: bool = False) -> ModelShape:
     """
     config = model.config.get_text_config()
     head_size = config.hidden_size if dense else head_of(model).weight.shape[1]
-    num_experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)  # MoE families
-    return ModelShape(head_size, config.hidden_size, config.num_hidden_layers, num_experts)
+    return ModelShape(head_size, config.hidden_size, config.num_hidden_layers, num_experts(config))
+
+
+def num_experts(config: PreTrainedConfig) -> int | None:
+    """Experts of a layer as the families of MoE name them; None in a dense model."""
+    text = config.get_text_config()
+    return getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
 
 
 @torch.no_grad()
@@ -296,5 +301,5 @@ def _not_finite(model: PreTrainedModel) -> UserError:
         )
     return LogitsOverflow(
         f"the logits of {name} are not finite in {str(model.dtype).removeprefix('torch.')}: it overflows. Load it in"
-        " float32, or quantised to nf4 where memory does not allow that (bfloat16 on cards from capability 8.0)"
+        " float32, or quantized to nf4 where memory does not allow that (bfloat16 on cards from capability 8.0)"
     )

@@ -216,7 +216,7 @@ def _move(model: PreTrainedModel, device: torch.device, name: str) -> None:
         free, _ = torch.cuda.mem_get_info(device)
         raise UserError(
             f"{name} needs {_size_bytes(model) / GIB:.2f} GiB in {model.dtype}, and {device} has"
-            f" {free / GIB:.2f} GiB free: load it in float16, quantise it to nf4, or use another device"
+            f" {free / GIB:.2f} GiB free: load it in float16, quantize it to nf4, or use another device"
         ) from error
 
 
@@ -224,7 +224,7 @@ def _check_all_float32(model: PreTrainedModel, name: str) -> None:
     others = sorted({str(p.dtype) for p in model.parameters()} - {"torch.float32"})
     if others:
         raise UserError(
-            f"{name} has weights that stay in {', '.join(others)} (a quantised checkpoint?): a student needs a"
+            f"{name} has weights that stay in {', '.join(others)} (a quantized checkpoint?): a student needs a"
             " checkpoint in full or half precision"
         )
 

@@ -26,7 +26,7 @@ def offload_layers(model: PreTrainedModel, device: torch.device) -> None:
     if not layers:
         raise UserError(
             f"{model.config.name_or_path or type(model).__name__} does not say what its layers are, and cannot be"
-            " offloaded one by one: quantise it (teacher.quantization=nf4), or give teacher.device a card"
+            " offloaded one by one: quantize it (teacher.quantization=nf4), or give teacher.device a card"
         )
     inside = {id(tensor) for layer in layers for tensor in (*layer.parameters(), *layer.buffers())}
     for tensor in (*model.parameters(), *model.buffers()):

@@ -6,7 +6,7 @@ import subprocess
 from dataclasses import dataclass, replace
 
 from kdkit.errors import UserError
-from kdkit.runtime import BF16_CAPABILITY, GIB, Capability
+from kdkit.runtime import BF16_CAPABILITY, FLASH_CAPABILITY, GIB, Capability
 
 _TENSOR_CORES = (7, 0)
 
@@ -34,7 +34,7 @@ class Card:
     @property
     def has_flash_attention(self) -> bool:
         """Whether a kernel exists that reads grouped keys and values as they are; half precision alone."""
-        return self.capability >= (8, 0)
+        return self.capability >= FLASH_CAPABILITY
 
     @property
     def single_tflops(self) -> float:

@@ -34,7 +34,7 @@ OTHER = "other"
 _aten = torch.ops.aten
 _INDEXED = {_aten.index.Tensor, _aten.index_put.default}
 _GIVES_INTEGERS = {_aten.arange.default, _aten.arange.start, _aten.arange.start_step}
-_WHOLE_NUMBERS = (torch.bool, torch.int32, torch.int64)  # of 8 bits are quantised weights, which are large
+_WHOLE_NUMBERS = (torch.bool, torch.int32, torch.int64)  # of 8 bits are quantized weights, which are large
 _FILLS = {_aten.full.default: 1, _aten.scalar_tensor.default: 0}  # -> place of the value that decides the dtype
 
 

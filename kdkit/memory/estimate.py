@@ -19,7 +19,7 @@ from kdkit.memory.activations import (
 )
 from kdkit.memory.cards import Card
 from kdkit.memory.sizes import ModelSizes, lora_params
-from kdkit.runtime import FULL_FRACTION, GIB, INT8_CAPABILITY
+from kdkit.runtime import FULL_FRACTION, GIB, INT8_CAPABILITY, NF4_BLOCK
 
 OFFLOAD = "offload"
 """The teacher's device where its layers stay in the host's memory."""
@@ -27,8 +27,8 @@ CONTEXT_BYTES = round(0.45 * GIB)
 """What CUDA, its libraries' kernels and cuBLAS' workspace take of a card before the first tensor."""
 SLACK_FRACTION = 0.05
 """Of what comes and goes: blocks that the allocator holds and cannot use, by rounding and in between others."""
-NF4_BYTES = 0.5 + SINGLE / 64
-"""A weight in NF4: half a byte, and one float32 scale for 64 of them."""
+NF4_BYTES = 0.5 + SINGLE / NF4_BLOCK
+"""A weight in NF4: half a byte, and its share of a scale."""
 BLOCK_BYTES = 2**22 * SINGLE
 """Entries of the logits that the losses take at a time on a card, float32."""
 NUM_BLOCKS = 9

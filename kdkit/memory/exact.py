@@ -21,13 +21,13 @@ from transformers.initialization import no_init_weights
 from kdkit.config import DistillConfig, ObjectiveConfig
 from kdkit.data.batch import Batch, DistillCollator, EncodedRow, batch_tensors
 from kdkit.errors import UserError
-from kdkit.loading import head_of, head_width
+from kdkit.loading import head_of, head_width, num_experts
 from kdkit.losses import GroupedIds, HeadPassResult, VocabularyGroups, VocabularyMatch
 from kdkit.losses.blocks import BLOCK_ENTRIES, BLOCK_ENTRIES_ELSEWHERE
 from kdkit.losses.spans import Spans
 from kdkit.memory.counting import LiveBytes
 from kdkit.memory.generation import answer
-from kdkit.memory.stand_ins import CardKernels, KernelAdamW, quantise
+from kdkit.memory.stand_ins import CardKernels, KernelAdamW, quantize
 from kdkit.teacher.sources import LiveTeacher
 from kdkit.training.averaging import WeightAverage
 from kdkit.training.model import DistillModel
@@ -97,7 +97,7 @@ def count_step(
     count = LiveBytes(
         FakeTensorMode(allow_non_fake_inputs=True) if fake else None,
         elsewhere=("teacher weights", "teacher's pass") if is_apart else (),
-        num_experts=_num_experts(teacher),
+        num_experts=num_experts(teacher) or 1,
     )
     card = CardKernels(has_flash_attention=precision == "bfloat16") if kernels == "card" else None  # both from 8.0 on
     with count, nullcontext() if card is None else _on(card), _few_pieces() if fake else nullcontext():
@@ -359,7 +359,7 @@ def _build_teacher(config: DistillConfig, teacher: PreTrainedConfig, *, precisio
         asked = "float32" if config.teacher.device == "cpu" else precision
     model = _build_model(teacher, getattr(torch, asked), config.teacher.attention)
     if config.teacher.quantization is not None:
-        quantise(model, config.teacher.quantization)
+        quantize(model, config.teacher.quantization)
     return LiveTeacher(model, dense=_is_dense(model), chunk_tokens=config.objective.chunk_tokens)
 
 
@@ -413,9 +413,3 @@ def _relate(config: ObjectiveConfig, widths: tuple[int, int]) -> Across:
         return Across(match=VocabularyMatch(shared, shared, *widths))
     sides = (GroupedIds(torch.arange(width) % min(widths), min(widths)) for width in widths)
     return Across(groups=VocabularyGroups(*sides))
-
-
-def _num_experts(config: PreTrainedConfig) -> int:
-    """Experts of a layer, 1 in a dense model."""
-    text = config.get_text_config()
-    return getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1  # MoE families

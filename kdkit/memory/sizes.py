@@ -87,7 +87,7 @@ class ModelSizes:
 
     @property
     def product_params(self) -> int:
-        """Of all matrix products in the layers: what autocast copies and quantisation packs."""
+        """Of all matrix products in the layers: what autocast copies and quantization packs."""
         return self.num_layers * (self.attention_params + self.feed_forward_params)
 
     @property

@@ -16,13 +16,13 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from kdkit.runtime import NF4_BLOCK
+
 # CUDA's autocast list, as far as models use it: those that get float32 inputs, and those that get float32 inside.
 _INPUTS_IN_FLOAT32 = {"exp", "group_norm", "layer_norm", "log", "norm", "pow", "__pow__", "reciprocal", "rsqrt"}
 _INPUTS_IN_FLOAT32 |= {"cosine_similarity", "cross_entropy", "softplus"}
 _INSIDE_IN_FLOAT32 = {"cumsum", "log_softmax", "prod", "softmax", "sum"}
 
-NF4_BLOCK_WEIGHTS = 64
-"""Weights that share a float32 scale in bitsandbytes' 4-bit layers, without double quantisation."""
 EIGHT_BIT_BLOCK_STATES = 256
 """Numbers that share a float32 scale in bitsandbytes' 8-bit optimizers."""
 EIGHT_BIT_LEAST_STATES = 4096
@@ -145,7 +145,7 @@ class FourBitLinear(nn.Module):
         rows, columns, self.bias = _sizes_of(source)
         self.shape = (rows, columns)
         self.register_buffer("weight", torch.empty(math.ceil(rows * columns / 2), 1, dtype=torch.int8))
-        self.register_buffer("absmax", torch.empty(math.ceil(rows * columns / NF4_BLOCK_WEIGHTS), dtype=torch.float32))
+        self.register_buffer("absmax", torch.empty(math.ceil(rows * columns / NF4_BLOCK), dtype=torch.float32))
 
     def forward(self, input: Tensor) -> Tensor:
         """The whole weight exists in the input's dtype for as long as the product takes."""
@@ -169,8 +169,8 @@ class EightBitLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """The input in 8 bits, the product in 32, then the output."""
-        quantised = torch.empty_like(input, dtype=torch.int8)
-        product = input.new_empty(*quantised.shape[:-1], self.num_outputs, dtype=torch.int32)
+        quantized = torch.empty_like(input, dtype=torch.int8)
+        product = input.new_empty(*quantized.shape[:-1], self.num_outputs, dtype=torch.int32)
         output = product.to(input.dtype)
         return output if self.bias is None else output.add_(self.bias)
 
@@ -183,22 +183,22 @@ def _sizes_of(source: nn.Module) -> tuple[int, int, nn.Parameter | None]:
 
 
 QUANTISED = {"nf4": FourBitLinear, "int8": EightBitLinear}
-"""What stands for a linear layer, by the config's name of the quantisation."""
+"""What stands for a linear layer, by the config's name of the quantization."""
 
 
-def quantise(model: PreTrainedModel, quantisation: str) -> None:
+def quantize(model: PreTrainedModel, quantization: str) -> None:
     """Put stand-ins in the place of all linear layers but the head, as transformers does with bitsandbytes' own.
 
     Experts that are stacked in one tensor are no linear layers and stay as they are.
 
     Args:
         model: on fake tensors, in its compute dtype.
-        quantisation: a name of `QUANTISED`.
+        quantization: a name of `QUANTISED`.
     """
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if type(module) in (nn.Linear, Conv1D) and module is not head:
-            model.set_submodule(name, QUANTISED[quantisation](module))
+            model.set_submodule(name, QUANTISED[quantization](module))
 
 
 class KernelAdamW(torch.optim.Optimizer):

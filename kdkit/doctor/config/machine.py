@@ -7,9 +7,9 @@ from kdkit.doctor.config.subject import Stage
 from kdkit.doctor.findings import Check, NotApplicable, Observation, Value, fail, warn
 from kdkit.doctor.sources import POST_MORTEMS
 from kdkit.memory.cards import Card
-from kdkit.runtime import BF16_CAPABILITY, FULL_FRACTION, INT8_CAPABILITY
+from kdkit.runtime import BF16_CAPABILITY, FLASH_CAPABILITY, FULL_FRACTION, INT8_CAPABILITY
 
-FLASH_CAPABILITIES = {"flash_attention_2": (8, 0), "flash_attention_3": (9, 0)}
+FLASH_CAPABILITIES = {"flash_attention_2": FLASH_CAPABILITY, "flash_attention_3": (9, 0)}
 _OWN_CHOICE = "the model's own choice"
 
 
@@ -94,7 +94,7 @@ CHECKS = (
     Check(
         "KD111",
         "dtypes",
-        "bfloat16 without hardware, float16 weights under a loss scaler, a quantised teacher of another dtype",
+        "bfloat16 without hardware, float16 weights under a loss scaler, a quantized teacher of another dtype",
         "Cards before capability 8.0 emulate bfloat16 very slowly. A scaler cannot unscale the gradients of float16 "
         "weights. Where autocast ends, two dtypes meet in one product and the run ends.",
         "Leave dtype and precision at auto; keep what is trained in float32.",
