@@ -4,6 +4,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kdkit.config import TeacherConfig
+from kdkit.errors import UserError
 from kdkit.loading.models import load_model
 from kdkit.loading.offload import offload_layers
 from kdkit.runtime import Preflight, usable_dtype
@@ -20,8 +21,17 @@ def teacher_device(settings: TeacherConfig, machine: Preflight, *, student: str,
     Returns:
         The one named; for auto the card with most free memory besides the student's where one process has several,
         else the student's; for offload the student's.
+    Raises:
+        UserError: the one named is a card that this machine has not.
     """
     if settings.device not in ("auto", "offload"):
+        kind, _, index = settings.device.partition(":")
+        num_cards = machine.num_devices if machine.device == "cuda" else 0
+        if kind == "cuda" and int(index or 0) >= num_cards:
+            raise UserError(
+                f"teacher.device is {settings.device}, and this machine has {num_cards} cards that can be used: give "
+                "another one, auto, or cpu"
+            )
         return settings.device
     others = [card for card in machine.cards if card != machine.card(student)]
     if settings.device == "offload" or num_processes > 1 or machine.card(student) is None or not others:

@@ -281,7 +281,6 @@ class _Run:
         """The teacher on its device; with dtype auto in float32 where it overflows on its first rows in float16."""
         settings, own = self.config.teacher, self._device()
         device = teacher_device(settings, self.machine, student=own, num_processes=self.processes.num_processes)
-        self._check_card(device)
         card = self.machine.card(device)
         if card is not None and card != self.machine.card(own):
             say(f"teacher on {device} with {card.free_memory_bytes / GIB:.1f} GiB free, student on {own}")
@@ -299,16 +298,6 @@ class _Run:
             model = load_teacher(settings.model_copy(update={"dtype": "float32"}), self.machine, device=device)
             check_finite_logits(model, first)
         return model
-
-    def _check_card(self, device: str) -> None:
-        """Refuse a card that this machine has not."""
-        kind, _, index = device.partition(":")
-        num_cards = self.machine.num_devices if self.machine.device == "cuda" else 0
-        if kind == "cuda" and int(index or 0) >= num_cards:
-            raise UserError(
-                f"teacher.device is {self.config.teacher.device}, and this machine has {num_cards} cards that can be "
-                "used: give another one, auto, or cpu"
-            )
 
     def _across(self, config: KdConfig, student: PreTrainedModel, teacher_tokenizer: PreTrainedTokenizerBase) -> Across:
         """How the ids of the two models relate, as far as kd compares them."""
