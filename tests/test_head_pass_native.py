@@ -62,6 +62,19 @@ class TestMemoryAndThreads:
         found, expected = (passed(scenes[0], scenes[0].signal, [term], backend=name)[0] for name in ("native", "torch"))
         torch.testing.assert_close(found.total, expected.total)
 
+    def test_torchs_default_dtype_does_not_matter(self, scenes: tuple[Scene, Scene]) -> None:
+        scene, term = scenes[0], DivergenceTerm("kd", forward_kl)
+        kept = TopKSignal.from_logits(scene.teacher_logits().detach(), 4, [1.0])
+        for signal in (None, scene.signal, kept):
+            terms = [LabelTerm("lm", scene.targets)] if signal is None else [term]
+            expected = passed(scene, signal, terms, backend="native")[0].total
+            torch.set_default_dtype(torch.float64)
+            try:
+                found = passed(scene, signal, terms, backend="native")[0].total
+            finally:
+                torch.set_default_dtype(torch.float32)
+            assert torch.equal(found, expected)
+
     def test_results_do_not_depend_on_the_number_of_threads(self, scenes: tuple[Scene, Scene]) -> None:
         terms = [DivergenceTerm("kd", skew_reverse_kl, temperature=2.0), LabelTerm("lm", scenes[0].targets)]
         before, found = torch.get_num_threads(), []

@@ -44,7 +44,7 @@ def block_gradient(
     values, entropies = np.empty((len(task.terms), num_rows), np.float32), np.empty(num_rows, np.float32)
     chunks = [(begin, min(begin + ROWS_AT_A_TIME, num_rows)) for begin in range(0, num_rows, ROWS_AT_A_TIME)]
     num_threads = min(torch.get_num_threads(), len(chunks))
-    scratch, student = torch.empty(num_threads, 5, logits.shape[1]).numpy(), logits.numpy()
+    scratch, student = torch.empty(num_threads, 5, logits.shape[1], dtype=torch.float32).numpy(), logits.numpy()
 
     def solve(begin: int, end: int, thread: int) -> None:
         own = (begin, end), known, temperatures, tables, targets, scratch[thread]
@@ -110,13 +110,13 @@ def _teacher_tables(
     factors = np.array([1.0 / temperature for temperature in plan.temperatures], np.float32)
     kept = torch.zeros(num_rows, 0, dtype=torch.int64)
     if teacher is None:
-        logits = torch.zeros(1, num_rows, 0)
+        logits = torch.zeros(1, num_rows, 0, dtype=torch.float32)
     elif isinstance(teacher, DenseSignal):
         logits = teacher.logits.detach().to(torch.float32).contiguous().unsqueeze(0)
     else:
         assert teacher.support is not None
         kept = teacher.support.contiguous()
-        unasked = torch.zeros(num_rows, kept.shape[1] + 1)
+        unasked = torch.zeros(num_rows, kept.shape[1] + 1, dtype=torch.float32)
         asked = [teacher.logprobs_at(t) if task.asks_teacher(t) else unasked for t in plan.temperatures]
         logits = torch.stack(asked)
     _check_ids(kept.numpy(), task.head.num_ids, "the teacher's kept ids")
