@@ -25,6 +25,9 @@ TAKEN, DONE, SIZE = 0, 8, 16
 
 LOOKS = 20_000
 """How often a thread that is done looks whether the others are, before it sleeps: some 0.1 ms."""
+LOOKS_AFTER = 1_000
+"""How often it looks after that, some 0.01 ms: helpers need Python's lock for a moment to go back to waiting. Who wants
+it in that moment sleeps until it is free, and to wake up takes longer than all of this."""
 
 
 def take_turns(task: Callable[[Array, int], None], num_items: int, num_threads: int) -> None:
@@ -43,7 +46,7 @@ def take_turns(task: Callable[[Array, int], None], num_items: int, num_threads: 
     task(turns, 0)
     begun = [helper for helper in helpers if not helper.cancel()]
     # To wait for the helpers themselves is to wait for Python's lock to change hands.
-    if not _are_done(turns, num_items, LOOKS):
+    if not _are_done(turns, num_items, len(begun) > 0):
         for helper in begun:
             helper.result()
 
@@ -76,9 +79,11 @@ def finish(turns: Array) -> None:
 
 
 @compiled()
-def _are_done(turns: Array, num_items: int, looks: int) -> bool:
+def _are_done(turns: Array, num_items: int, helped: bool) -> bool:
     """Whether all items were found done at one of so many looks, each some nanoseconds after the last."""
-    for _ in range(looks):  # noqa: SIM110 - numba knows no generators here
+    for _ in range(LOOKS):
         if _add(turns, DONE, 0) == num_items:
+            for _ in range(LOOKS_AFTER if helped else 0):
+                _add(turns, DONE, 0)
             return True
     return False
