@@ -222,6 +222,8 @@ class TestNative:
     ) -> None:
         value = soft_dtw(costs(2, 64, 64).requires_grad_(), gamma=0.1, band=band, backend="native")
         assert [saved.numel() for saved in value.grad_fn.saved_tensors] == [num_cells]
+        value, _ = soft_dtw_and_alignment(costs(2, 64, 64).requires_grad_(), gamma=0.1, band=band, backend="native")
+        assert [saved.numel() for saved in value.grad_fn.saved_tensors] == [num_cells]
 
     def test_lengths_that_change_before_the_backward_pass_change_nothing(self) -> None:
         cost, n, m = costs(2, 20, 30).requires_grad_(), torch.tensor([15, 20]), torch.tensor([30, 9])

@@ -161,7 +161,7 @@ class _SoftDTW(Function):
 
 
 class _SoftDTWAndAlignment(Function):
-    """As `_SoftDTW`; the alignment is laid out at once and kept that way, for it is wanted anyway."""
+    """As `_SoftDTW`, with the alignment laid out besides; what is kept is packed, and with a band it is small."""
 
     @staticmethod
     def forward(ctx: Any, cost: Tensor, lengths_n: Tensor, lengths_m: Tensor, solve: partial) -> tuple[Tensor, Tensor]:
@@ -170,7 +170,8 @@ class _SoftDTWAndAlignment(Function):
         alignment = packed.laid_out(len(cost))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(alignment)
-        ctx.save_for_backward(alignment)
+        ctx.save_for_backward(packed.cells)
+        ctx.spread = packed.spread
         return value, alignment
 
     @staticmethod
@@ -179,8 +180,8 @@ class _SoftDTWAndAlignment(Function):
         """Alignment times the incoming gradient."""
         if grad_value is None:
             return None, None, None, None
-        (alignment,) = ctx.saved_tensors
-        return dense(alignment).spread(alignment, grad_value), None, None, None
+        (cells,) = ctx.saved_tensors
+        return ctx.spread(cells, grad_value), None, None, None
 
 
 def _solved(solve: partial, cost: Tensor, lengths_n: Tensor, lengths_m: Tensor) -> tuple[Tensor, PackedAlignment]:

@@ -18,7 +18,9 @@ class PackedAlignment:
     alignment is, whatever the factor."""
 
     def laid_out(self, batch: int) -> Tensor:
-        """The alignment itself, (B, N, M)."""
+        """The alignment itself, (B, N, M); `cells` where they are that already."""
+        if self.spread is _scaled:
+            return self.cells
         return self.spread(self.cells, torch.ones(batch, dtype=self.cells.dtype, device=self.cells.device))
 
 
