@@ -85,7 +85,7 @@ def _columns(lines: dict[str, list[Point]]) -> tuple[dict[str, list[float]], dic
 
 
 def _draw_panel(axes: "Axes", axis: Axis, lines: dict[str, list[Point]], *, values: dict[str, list[float]]) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
     label, letter = _LABELS[axis]
     for (name, line), color, marker in zip(lines.items(), _COLORS, _MARKERS, strict=False):
@@ -94,9 +94,9 @@ def _draw_panel(axes: "Axes", axis: Axis, lines: dict[str, list[Point]], *, valu
         axes.plot(sizes, values[name], color=color, marker=marker, markersize=4, label=text)
     axes.set(xscale="log", yscale="log", xlabel=label)
     _leave_room(axes, num_lines=len(lines))
-    for ticks, form in ((axes.xaxis, "{x:,.0f}"), (axes.yaxis, "{x:,g}")):
+    for ticks, form in ((axes.xaxis, EngFormatter(sep="")), (axes.yaxis, StrMethodFormatter("{x:,g}"))):
         ticks.set_major_locator(LogLocator())
-        ticks.set_major_formatter(StrMethodFormatter(form))
+        ticks.set_major_formatter(form)
         ticks.set_minor_formatter(NullFormatter())
     axes.grid(color=FAINT, alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
