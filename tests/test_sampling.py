@@ -6,7 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader, skip_first_batches
 from tiny import build_trainer, make_pair, tiny_config
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from kdkit.training.run import run_distillation
@@ -90,6 +93,20 @@ class TestEpoch:
             trainer.state.epoch = epoch
             trainer.get_batch_samples(iter(()), 1, trainer.args.device)
             assert trainer.sampler.epoch == round(epoch - 0.2)
+
+
+class TestDefaultOrder:
+    @pytest.mark.parametrize("num_processes", [1, 2])
+    def test_a_resume_in_a_later_epoch_keeps_that_epochs_order(self, num_processes: int) -> None:
+        """accelerate's own sampler, through all that its loader and a resume wrap around it."""
+        sampler = SeedableRandomSampler(range(32), generator=torch.Generator(), data_seed=7)
+        loader = DataLoader(range(32), batch_size=4, sampler=sampler)
+        options = {"process_index": 0, "use_seedable_sampler": True, "data_seed": 7}
+        whole, resumed = (prepare_data_loader(loader, num_processes=num_processes, **options) for _ in range(2))
+        resumed = skip_first_batches(resumed, 1)
+        for one in (whole, resumed):
+            one.set_epoch(2)
+        assert torch.cat(list(resumed)).tolist() == torch.cat(list(whole)).tolist()[4:]
 
 
 class TestResume:
