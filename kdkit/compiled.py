@@ -6,7 +6,6 @@ begin with an underscore.
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -40,10 +39,12 @@ def compiled(rules: frozenset[str] = IN_ORDER) -> Callable[[Callable[..., Any]],
     options = {"nogil": True, "error_model": "numpy", "fastmath": set(rules)}
 
     def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
+        if (folder := _folder()) is None:
+            return njit(**options)(function)
         try:
-            with _code_kept_in(_folder()):
+            with _code_kept_in(folder):
                 return njit(cache=True, **options)(function)
-        except RuntimeError:  # numba found no folder to write to
+        except RuntimeError:  # a function without a file
             return njit(**options)(function)
 
     return compile_
@@ -62,15 +63,20 @@ def _code_kept_in(folder: Path) -> Iterator[None]:
 
 
 @cache
-def _folder() -> Path:
-    """Where the machine code of these loops is kept; that of former ones is removed."""
+def _folder() -> Path | None:
+    """Where the machine code of these loops is kept; None where no folder can be written to."""
     from numba import config
 
-    parent = Path(config.CACHE_DIR or PACKAGE / "__pycache__")
-    folder = parent / f"kdkit-loops-{digest(PACKAGE)}"
-    for former in set(parent.glob("kdkit-loops-*")) - {folder}:
-        shutil.rmtree(former, ignore_errors=True)
-    return folder
+    user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "kdkit"
+    for parent in (Path(config.CACHE_DIR),) if config.CACHE_DIR else (PACKAGE / "__pycache__", user):
+        try:
+            folder = parent / f"kdkit-loops-{digest(PACKAGE)}"
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            return folder
+    return None
 
 
 def digest(package: Path) -> str:

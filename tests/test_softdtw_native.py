@@ -222,8 +222,12 @@ class TestNative:
     ) -> None:
         value = soft_dtw(costs(2, 64, 64).requires_grad_(), gamma=0.1, band=band, backend="native")
         assert [saved.numel() for saved in value.grad_fn.saved_tensors] == [num_cells]
-        value, _ = soft_dtw_and_alignment(costs(2, 64, 64).requires_grad_(), gamma=0.1, band=band, backend="native")
-        assert [saved.numel() for saved in value.grad_fn.saved_tensors] == [num_cells]
+        value, alignment = soft_dtw_and_alignment(
+            costs(2, 64, 64).requires_grad_(), gamma=0.1, band=band, backend="native"
+        )
+        (kept,) = value.grad_fn.saved_tensors
+        assert kept.numel() == num_cells
+        assert (kept.data_ptr() == alignment.data_ptr()) == (band is None)
 
     def test_lengths_that_change_before_the_backward_pass_change_nothing(self) -> None:
         cost, n, m = costs(2, 20, 30).requires_grad_(), torch.tensor([15, 20]), torch.tensor([30, 9])
@@ -262,6 +266,25 @@ class TestPlans:
         names: dict[str, object] = {}
         exec("def twice(x):\n    return x + x", names)  # without a file there is no place beside it
         assert compiled.compiled()(names["twice"])(21) == 42
+
+    def test_code_is_kept_in_the_first_folder_that_can_be_written_to(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from numba import config
+
+        (tmp_path / "file").touch()
+        package, home, named = tmp_path / "package", tmp_path / "home", tmp_path / "named"
+        monkeypatch.setattr(config, "CACHE_DIR", "")
+        found = []
+        for own, cache_home in ((package, home), (tmp_path / "file", home), (tmp_path / "file", tmp_path / "file")):
+            monkeypatch.setattr(compiled, "PACKAGE", own)
+            monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+            folder = compiled._folder.__wrapped__()
+            found.append(None if folder is None else folder.parent)
+        assert found == [package / "__pycache__", home / "kdkit", None]
+        monkeypatch.setattr(config, "CACHE_DIR", str(named))
+        assert compiled._folder.__wrapped__().parent == named
+        assert compiled.compiled()(lambda x: x + 1)(1) == 2
 
     def test_a_change_in_any_file_of_loops_compiles_all_of_them_anew(self, tmp_path: Path) -> None:
         from kdkit.softdtw import _kernels

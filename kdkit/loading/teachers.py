@@ -24,15 +24,8 @@ def teacher_device(settings: TeacherConfig, machine: Preflight, *, student: str,
     Raises:
         UserError: the one named is a card that this machine has not.
     """
-    if settings.device not in ("auto", "offload"):
-        kind, _, index = settings.device.partition(":")
-        num_cards = machine.num_devices if machine.device == "cuda" else 0
-        if kind == "cuda" and int(index or 0) >= num_cards:
-            raise UserError(
-                f"teacher.device is {settings.device}, and this machine has {num_cards} cards that can be used: give "
-                "another one, auto, or cpu"
-            )
-        return settings.device
+    if (named := _named_device(settings, machine)) is not None:
+        return named
     others = [card for card in machine.cards if card != machine.card(student)]
     if settings.device == "offload" or num_processes > 1 or machine.card(student) is None or not others:
         return student
@@ -49,10 +42,10 @@ def load_teacher(settings: TeacherConfig, machine: Preflight, *, device: str | N
     Returns:
         The model, as `load_model` returns it; with `device: offload` its layers are on the device one at a time.
     Raises:
-        UserError: as `load_model`, or the model cannot be offloaded.
+        UserError: as `load_model`, the model cannot be offloaded, or the device named is a card that is not there.
     """
     is_offloaded = settings.device == "offload"
-    place = settings.device if settings.device not in ("auto", "offload") else device or machine.device
+    place = _named_device(settings, machine) or device or machine.device
     model = load_model(
         settings.path,
         dtype=teacher_dtype(settings, machine, device=place),
@@ -65,6 +58,20 @@ def load_teacher(settings: TeacherConfig, machine: Preflight, *, device: str | N
     if is_offloaded:
         offload_layers(model, torch.device(place))
     return model
+
+
+def _named_device(settings: TeacherConfig, machine: Preflight) -> str | None:
+    """The device that the settings name, if this machine has it; None where they name none."""
+    if settings.device in ("auto", "offload"):
+        return None
+    kind, _, index = settings.device.partition(":")
+    num_cards = machine.num_devices if machine.device == "cuda" else 0
+    if kind == "cuda" and int(index or 0) >= num_cards:
+        raise UserError(
+            f"teacher.device is {settings.device}, and this machine has {num_cards} cards that can be used: give "
+            "another one, auto, or cpu"
+        )
+    return settings.device
 
 
 def teacher_dtype(settings: TeacherConfig, machine: Preflight, *, device: str) -> torch.dtype:

@@ -161,17 +161,18 @@ class _SoftDTW(Function):
 
 
 class _SoftDTWAndAlignment(Function):
-    """As `_SoftDTW`, with the alignment laid out besides; what is kept is packed, and with a band it is small."""
+    """As `_SoftDTW`, with the alignment laid out besides; what is kept is the smaller of it and the packed one."""
 
     @staticmethod
     def forward(ctx: Any, cost: Tensor, lengths_n: Tensor, lengths_m: Tensor, solve: partial) -> tuple[Tensor, Tensor]:
         """Values and alignment."""
         value, packed = _solved(solve, cost, lengths_n, lengths_m)
         alignment = packed.laid_out(len(cost))
+        kept = packed if packed.cells.numel() <= alignment.numel() // 2 else dense(alignment)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(alignment)
-        ctx.save_for_backward(packed.cells)
-        ctx.spread = packed.spread
+        ctx.save_for_backward(kept.cells)
+        ctx.spread = kept.spread
         return value, alignment
 
     @staticmethod

@@ -164,11 +164,17 @@ class _Run:
                 "optim.precision=bfloat16: no units for it (AMX, AVX512-BF16, Arm BF16) are known of this CPU; without "
                 "them torch emulates it, slowly: optim.precision=float32 is likely faster"
             )
-        elif self.config.teacher.dtype == "auto" and self.cache is None:
+        elif self._is_teacher_in_float32():
             say(
                 f"optim.precision=bfloat16: the student's products take the {units} units; the teacher's stay in "
                 "float32 and may then be most of a step: with teacher.dtype=bfloat16 they take the units too"
             )
+
+    def _is_teacher_in_float32(self) -> bool:
+        """On a CPU, where nobody named a dtype and some stage asks it."""
+        teacher, stages = self.config.teacher, [stage_config(self.config, name) for name in self.config.stages]
+        is_asked = self.cache is None and any(stage.objective.needs_teacher for stage in stages)
+        return is_asked and teacher.dtype == "auto" and teacher.quantization is None
 
     def stage(self, index: int, name: str, *, after: Path | None) -> Path:
         """Run one stage unless it is already done; returns the folder of its student."""

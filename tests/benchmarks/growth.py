@@ -254,6 +254,17 @@ def _median_rows(size: int, *, reads_only: bool) -> dict[str, Point]:
     return {name: Point(*map(statistics.median, zip(*(one[name] for one in found), strict=True))) for name in names}
 
 
+def _with_newer(kept: dict[Axis, dict[str, list[list[float]]]], newer: Points) -> Points:
+    """Every point that was measured, now or before."""
+    points: Points = {}
+    for axis in AXES:
+        for name in {**kept.get(axis, {}), **newer.get(axis, {})}:
+            by_size = {point[0]: Point(*point) for point in kept.get(axis, {}).get(name, [])}
+            by_size |= {point.size: point for point in newer.get(axis, {}).get(name, [])}
+            points.setdefault(axis, {})[name] = [by_size[size] for size in sorted(by_size)]
+    return points
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "docs/figures", help="folder of growth.json, growth.png")
@@ -276,12 +287,7 @@ def main() -> None:
         return
     file = options.output / "growth.json"
     kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    found = {**kept, **measure_all(options.axes, most_tokenised=options.most_tokenised)}
-    points = {
-        axis: {name: [Point(*point) for point in line] for name, line in found[axis].items()}
-        for axis in AXES
-        if axis in found
-    }
+    points = _with_newer(kept, measure_all(options.axes, most_tokenised=options.most_tokenised))
     options.output.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(points) + "\n", encoding="utf-8")
     (options.output / "growth.png").write_bytes(draw(points))

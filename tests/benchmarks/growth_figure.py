@@ -33,9 +33,7 @@ _LABELS = {
     "batch": ("rows of a batch (B)", "B"),
     "rows": ("rows of a file (R)", "R"),
 }
-_TITLE = (
-    "Head pass and rows grow linearly and in little memory,\nDTW with the square of the length, with or without a band"
-)
+_TITLE = "Head pass and rows take time in proportion,\nDTW with the square of the length, with or without a band"
 _COLORS = (BLUE, RED, GREEN, ORANGE, PURPLE)
 _MARKERS = "osD^v"
 _SMALLEST_MIB = 1.0

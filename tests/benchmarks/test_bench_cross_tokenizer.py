@@ -40,6 +40,8 @@ from kdkit.teacher.signal import Head, LiveSignal
 V, W, STUDENT_WIDTH, TEACHER_WIDTH = 49_152, 151_936, 576, 1_024
 TOKENS, PROMPT = 256, 64
 OVERLAPS = (0.9, 0.5, 0.1)
+SHOWN_OVERLAP = 0.5
+"""In the README; trl is slower at the others."""
 CLOCKS = {"wall, 2 threads": (time.perf_counter, 2), "processor, 1 thread": (time.process_time, 1)}
 CASES = [(clock, 1, overlap) for clock in CLOCKS for overlap in OVERLAPS]
 """The clock, the texts of a batch, and the overlap; a round of trl's takes up to twenty seconds for a text."""
@@ -213,7 +215,8 @@ class TestAgainstTrl:
             rows.append(Row(f"cross-tokenizer loss {name}", at, "trl's ULDLoss, hybrid", measured))
         medians = {name: round(statistics.median(times[name] for times in rounds), 2) for name in rounds[0]}
         benchmark.extra_info["seconds"] = medians
-        show(benchmark, *rows)
+        if overlap == SHOWN_OVERLAP:
+            show(benchmark, *rows)
         assert min(least) >= LEAST_SPEED
 
     @pytest.mark.parametrize("overlap", OVERLAPS)
@@ -227,7 +230,8 @@ class TestAgainstTrl:
         for name in ("hybrid", "grouped"):
             assert found[name] <= MOST_MEMORY * found["trl"]
         share = f"1/{found['trl'] / found['hybrid']:.1f} of its (`hybrid`)"
-        show(benchmark, Row("cross-tokenizer loss: extra memory", at, "trl's ULDLoss", share))
+        if overlap == SHOWN_OVERLAP:
+            show(benchmark, Row("cross-tokenizer loss: extra memory", at, "trl's ULDLoss", share))
 
 
 @pytest.mark.benchmark(group="cross-tokenizer")

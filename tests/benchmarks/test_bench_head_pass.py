@@ -126,16 +126,13 @@ class TestHeadPass:
         benchmark.extra_info["kdkit_over_the_products_alone"] = round(over_products, 2)
         benchmark.extra_info["trl_over_kdkit"] = round(trl, 2)
         benchmark.extra_info["seconds_of_kdkit"] = round(statistics.median(times["kdkit"] for times in found), 2)
-        show(
-            benchmark,
-            Row("skew reverse KL through both heads", f"V {num_ids:,}; {clock}", "trl's JSD", f"{trl:.1f} x as fast"),
-            Row(
-                "skew reverse KL through both heads",
-                f"V {num_ids:,}; {clock}",
-                "its matrix products alone",
-                f"{over_products:.2f} x their time",
-            ),
-        )
+        if num_threads == THREADS:  # what a user waits; the other clock is for a busy machine
+            what, at = "skew reverse KL through both heads", f"V {num_ids:,}; {clock}"
+            show(
+                benchmark,
+                Row(what, at, "trl's generalized JSD", f"{trl:.1f} x as fast"),
+                Row(what, at, "its matrix products alone", f"{over_products:.2f} x their time"),
+            )
         assert over_products <= 1.35
         assert trl >= 2.5
 

@@ -2,8 +2,8 @@
 
 Forward and backward from a given cost, float32, gamma 0.1, against the fastest peer at each shape. Two clocks: the wall
 with two threads, which is what a user waits, and the processor with one, which other work on the machine disturbs less.
-Two orders: each solver's rounds in a row, of which the medians count, as such figures are published; and all solvers by
-turns, where each finds the caches and the allocator as the others left them and ratios are taken round by round.
+Two orders: all solvers by turns, where each finds the caches and the allocator as the others left them and ratios are
+taken round by round; and each solver's rounds in a row, of which the medians count. pysdtw's recursion is in float64.
 """
 
 import statistics
@@ -43,9 +43,9 @@ class Way:
 
 
 WAYS = {
-    "wall, 2 threads": Way(time.perf_counter, 2, in_a_row=True, least=4.0, mean=8.0),
-    "wall, 2 threads, by turns": Way(time.perf_counter, 2, in_a_row=False, least=3.5, mean=7.0),
-    "processor, 1 thread, by turns": Way(time.process_time, 1, in_a_row=False, least=4.0, mean=8.0),
+    "wall, 2 threads": Way(time.perf_counter, 2, in_a_row=False, least=4.0, mean=7.0),
+    "wall, 2 threads, each in a row": Way(time.perf_counter, 2, in_a_row=True, least=4.0, mean=8.0),
+    "processor, 1 thread": Way(time.process_time, 1, in_a_row=False, least=4.0, mean=8.0),
 }
 
 
@@ -101,7 +101,9 @@ def ratio(batch: int, side: int, band: int | None, way: Way) -> float:
         return way.clock() - begin
 
     if way.in_a_row:
-        medians = {name: statistics.median([seconds(name) for _ in range(ROUNDS + 2)][2:]) for name in solvers}
+        medians = {
+            name: statistics.median([seconds(name) for _ in range(ROUNDS + 2)][2:]) for name in (*PEERS, "native")
+        }
         return min(medians[name] for name in PEERS) / medians["native"]
     rounds = [{name: seconds(name) for name in solvers} for _ in range(ROUNDS + 2)][2:]
     return statistics.median(min(times[name] for name in PEERS) / times["native"] for times in rounds)
@@ -109,9 +111,7 @@ def ratio(batch: int, side: int, band: int | None, way: Way) -> float:
 
 @pytest.mark.benchmark(group="softdtw-peers")
 class TestAgainstPeers:
-    def test_is_four_times_as_fast_everywhere_and_eight_on_the_mean(
-        self, benchmark: BenchmarkFixture, way: str
-    ) -> None:
+    def test_is_several_times_as_fast_at_every_shape(self, benchmark: BenchmarkFixture, way: str) -> None:
         for package in PEERS:
             pytest.importorskip(package)
 
