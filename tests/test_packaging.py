@@ -20,7 +20,7 @@ class TestPackages:
 
     def test_a_wheel_carries_every_file_that_is_not_code(self):
         data = PROJECT["tool"]["setuptools"]["package-data"]
-        files = (path for path in (ROOT / "kdkit").rglob("*") if path.is_file() and path.parent.name != "__pycache__")
+        files = (path for path in (ROOT / "kdkit").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
         others = {path for path in files if path.suffix != ".py"}
         places = {name: ROOT / name.replace(".", "/") for name in data if "_data" not in name}
         carried = {file for name, place in places.items() for pattern in data[name] for file in place.glob(pattern)}
