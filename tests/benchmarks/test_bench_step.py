@@ -2,11 +2,13 @@
 
 Both train the same pair on the same encoded rows with the same divergence, batch and fused AdamW, through their own
 trainers. Bodies are timed by hooks: the pass of each model up to its head, and the student's backward pass from there
-on. Processor seconds of one thread, which other work on the machine disturbs least. A run of kdkit and one of trl take
-turns; what counts is the median over the steps but the first.
+on. The demo pair takes processor seconds of one thread, which other work on the machine disturbs least, the large pair
+seconds of the wall with two. A run of kdkit and one of trl take turns; what counts is the median over the steps but the
+first.
 """
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -57,8 +59,8 @@ PARTS = ("total", "bodies", "optimizer", "outside")
 CLOCK = time.process_time
 AHEAD = 4
 """Steps whose texts kdkit writes in one go, where it is asked to: `rollout.ahead`."""
-LEAST_GOLD, LEAST_HALF, LEAST_HALF_AHEAD, MOST_OUTSIDE, MOST_SHARE = 1.5, 1.4, 2.0, 1 / 3, 0.06
-MOST_SHARE_WITH_HEADS = 0.16
+LEAST_GOLD, LEAST_HALF, LEAST_HALF_AHEAD, MOST_OUTSIDE, MOST_SHARE = 1.5, 1.4, 2.0, 1 / 3, 0.1
+MOST_SHARE_WITH_HEADS = 0.2
 LEAST_BFLOAT16 = 1.5
 
 
@@ -320,7 +322,7 @@ def large_pair() -> Pair:
         tokenizer=tokenizer,
         rows=Dataset.from_list([{"input_ids": ids, "row_id": number, **row} for number, ids in enumerate(tokens)]),
         batch_size=1,
-        num_steps=5,
+        num_steps=8,
     )
 
 
@@ -333,6 +335,13 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_threads_by_the_wall(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a user waits."""
+    torch.set_num_threads(2)
+    monkeypatch.setattr(sys.modules[__name__], "CLOCK", time.perf_counter)
 
 
 @pytest.mark.benchmark(group="step")
@@ -380,6 +389,7 @@ class TestAgainstTrl:
         assert half >= LEAST_HALF
         assert ahead >= LEAST_HALF_AHEAD
 
+    @pytest.mark.usefixtures("two_threads_by_the_wall")
     def test_what_is_not_the_two_bodies(self, benchmark: BenchmarkFixture, tmp_path: Path) -> None:
         """Of a pair of 135M and 600M parameters at 1 x 256; the optimizer's time, the same for both, stands apart."""
 
@@ -401,7 +411,7 @@ class TestAgainstTrl:
         benchmark.extra_info["seconds"] = parts | {"heads' products": round(products, 3)}
         benchmark.extra_info["kdkit_over_trl_outside"] = round(outside, 3)
         benchmark.extra_info["outside_fraction_of_kdkit"] = {"bodies": round(share, 3), "models": round(own, 3)}
-        at = "135M student, 0.6B teacher, 1x256; processor, 1 thread"
+        at = "135M student, 0.6B teacher, 1x256; wall, 2 threads"
         show(
             benchmark,
             Row("a step outside both bodies' passes", at, "trl's GKDTrainer", f"{outside:.2f} of its time"),
@@ -413,6 +423,7 @@ class TestAgainstTrl:
         assert own <= MOST_SHARE
         assert share <= MOST_SHARE_WITH_HEADS
 
+    @pytest.mark.usefixtures("two_threads_by_the_wall")
     def test_bfloat16_on_a_cpu_with_units_for_it(self, benchmark: BenchmarkFixture, tmp_path: Path) -> None:
         """The same pair with both models' products in bfloat16, which `optim.precision` and `teacher.dtype` name."""
         if not (units := cpu_bfloat16_units()):
@@ -432,6 +443,6 @@ class TestAgainstTrl:
         seconds = {name: medians(steps, attrgetter("total")) for name, steps in found.items()}
         ratio = seconds["float32"] / seconds["bfloat16"]
         benchmark.extra_info["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
-        at = f"135M student, 0.6B teacher, 1x256; processor, 1 thread, {units}"
+        at = f"135M student, 0.6B teacher, 1x256; wall, 2 threads, {units}"
         show(benchmark, Row("a training step in bfloat16", at, "in float32", f"{ratio:.1f} x as fast"))
         assert ratio >= LEAST_BFLOAT16
