@@ -20,10 +20,10 @@ from kdkit.softdtw.packed import PackedAlignment
 
 CELLS_A_THREAD = 80_000
 """A thread more is woken for as many admissible cells, 0.15 ms of work: to wake it and to share caches costs that."""
-KEPT_SLOTS = 2**21
-"""A sample of more cells, some 1,400 x 1,400, is computed strip by strip and twice forward, in little memory."""
 ENTRIES_A_THREAD = 2**19
 """The same where entries are only written: 0.15 ms."""
+KEPT_SLOTS = 2**21
+"""A sample of more cells, some 1,400 x 1,400, is computed strip by strip and twice forward, in little memory."""
 
 Sizes = tuple[np.ndarray, np.ndarray, int]
 """Both lengths, (B,) each, and the band, 0 for none."""
