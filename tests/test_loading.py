@@ -573,8 +573,8 @@ class TestSharedVocabSize:
 
 class TestLoadTeacher:
     @staticmethod
-    def machine(device="cpu", capability=None):
-        seen = {"num_devices": 1, "name": "", "arch_list": (), "total_memory_bytes": 0, "problem": "", "remedy": ""}
+    def machine(device="cpu", capability=None, num_devices=1):
+        seen = {"num_devices": num_devices, "name": "", "arch_list": (), "total_memory_bytes": 0, "problem": "", "remedy": ""}
         return Preflight(device=device, capability=capability, ok=True, **seen)
 
     @pytest.mark.parametrize(
@@ -595,12 +595,16 @@ class TestLoadTeacher:
         monkeypatch.setattr(teachers, "load_model", lambda path, **arguments: asked.append(arguments))
         named = TeacherConfig(path="p", dtype="bfloat16", device="cuda:1", quantization="nf4", revision="r")
         for settings in (named, TeacherConfig(path="p")):
-            loading.load_teacher(settings, self.machine("cuda", (7, 5)), device="cuda:0")
+            loading.load_teacher(settings, self.machine("cuda", (7, 5), num_devices=2), device="cuda:0")
         keys = ("dtype", "device", "quantization", "revision")
         assert [tuple(arguments[key] for key in keys) for arguments in asked] == [
             (torch.bfloat16, "cuda:1", "nf4", "r"),
             (torch.float16, "cuda:0", None, None),
         ]
+
+    def test_a_card_that_is_not_there_is_refused(self):
+        with pytest.raises(UserError, match=r"teacher.device is cuda:1, and this machine has 1 cards"):
+            loading.load_teacher(TeacherConfig(path="p", device="cuda:1"), self.machine("cuda", (7, 5)))
 
     @pytest.mark.parametrize(
         ("asked", "student", "num_processes", "free_gib", "device"),

@@ -191,6 +191,8 @@ def main() -> None:
         for number, gradients in enumerate(dump.steps):
             plain = {name.removeprefix("module."): value.contiguous() for name, value in gradients.items()}
             save_file(plain, folder / f"gradients-{number}.safetensors")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # a process that ends under gloo's threads may abort
 
 
 if __name__ == "__main__":
