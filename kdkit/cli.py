@@ -67,6 +67,8 @@ def distill(
 
     settings = load_config(config, overrides)
     folder = output or Path("runs") / Path(config).stem
+    from accelerate import PartialState
+
     from kdkit.report import write_run_report
     from kdkit.training.controls import Controls, read_changes
     from kdkit.training.run import run_distillation
@@ -75,6 +77,7 @@ def distill(
     controls = None if replay is None else Controls(read_changes(replay))
     with StopRequest().on_signals() as stop:
         result = run_distillation(settings, folder, resume=resume, stop=stop, controls=controls)
+        PartialState().destroy_process_group()  # a process that ends while its group's threads run may abort
     if not result.evaluations:  # another process of the same run prints
         return
     rows = [{"model": name, **figures} for name, figures in result.evaluations.items()]

@@ -574,7 +574,14 @@ class TestSharedVocabSize:
 class TestLoadTeacher:
     @staticmethod
     def machine(device="cpu", capability=None, num_devices=1):
-        seen = {"num_devices": num_devices, "name": "", "arch_list": (), "total_memory_bytes": 0, "problem": "", "remedy": ""}
+        seen = {
+            "num_devices": num_devices,
+            "name": "",
+            "arch_list": (),
+            "total_memory_bytes": 0,
+            "problem": "",
+            "remedy": "",
+        }
         return Preflight(device=device, capability=capability, ok=True, **seen)
 
     @pytest.mark.parametrize(
