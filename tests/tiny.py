@@ -192,7 +192,9 @@ def main() -> None:
             plain = {name.removeprefix("module."): value.contiguous() for name, value in gradients.items()}
             save_file(plain, folder / f"gradients-{number}.safetensors")
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # a process that ends under gloo's threads may abort
+    trainer.accelerator.end_training()
+    sys.stderr.flush()
+    os._exit(0)  # threads of gloo that want Python's lock while it ends abort the process, once in ten times
 
 
 if __name__ == "__main__":
