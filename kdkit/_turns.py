@@ -16,7 +16,7 @@ from numba.core.typing import Signature
 from numba.core.typing.context import Context
 from numba.extending import intrinsic
 
-from kdkit.compiled import compiled, help_with
+from kdkit.compiled import compiled, help_with, part
 
 Array = np.ndarray
 
@@ -66,13 +66,13 @@ def _add(_: Context, counters: types.Array, index: types.Integer, amount: types.
     return types.int64(counters, types.int64, types.int64), generate
 
 
-@compiled()
+@part()
 def next_turn(turns: Array) -> int:
     """The item that is this thread's; beyond the last one when there is none left."""
     return _add(turns, TAKEN, 1)
 
 
-@compiled()
+@part()
 def finish(turns: Array) -> None:
     """One item is done."""
     _add(turns, DONE, 1)

@@ -27,7 +27,7 @@ def is_installed() -> bool:
 
 
 def compiled(rules: frozenset[str] = IN_ORDER) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: a function as machine code, kept on disk where a folder can be written to.
+    """Decorator: a function that Python calls as machine code, kept on disk where a folder can be written to.
 
     Args:
         rules: what the compiler may do to floating point; those of a function hold within it alone.
@@ -36,18 +36,36 @@ def compiled(rules: frozenset[str] = IN_ORDER) -> Callable[[Callable[..., Any]],
     """
     from numba import njit
 
-    options = {"nogil": True, "error_model": "numpy", "fastmath": set(rules)}
-
     def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
         if (folder := _folder()) is None:
-            return njit(**options)(function)
+            return njit(**_options(rules))(function)
         try:
             with _code_kept_in(folder):
-                return njit(cache=True, **options)(function)
+                return njit(cache=True, **_options(rules))(function)
         except RuntimeError:  # a function without a file
-            return njit(**options)(function)
+            return njit(**_options(rules))(function)
 
     return compile_
+
+
+def part(rules: frozenset[str] = IN_ORDER) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: a function that other compiled ones call, its code built into theirs.
+
+    Left as a function of its own it would be there once for each that calls it, each with other roundings, and which
+    of them ran would depend on what the process had compiled or loaded before.
+
+    Args:
+        rules: as in `compiled`.
+    Returns:
+        The decorator.
+    """
+    from numba import njit
+
+    return njit(forceinline=True, **_options(rules))
+
+
+def _options(rules: frozenset[str]) -> dict[str, Any]:
+    return {"nogil": True, "error_model": "numpy", "fastmath": set(rules)}
 
 
 @contextmanager

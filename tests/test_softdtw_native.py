@@ -5,11 +5,9 @@ import math
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -260,80 +258,6 @@ class TestPlans:
                 limits = band_limits(torch.tensor([n]), torch.tensor([m]), band=band, num_diagonals=n + m - 1)
                 diagonals = _kernels._plan_diagonals(n, m, band or 0)
                 assert [side.tolist() for side in diagonals] == [side.flatten().tolist() for side in limits]
-
-    def test_runs_where_numba_has_no_folder_to_keep_its_code(self) -> None:
-
-        names: dict[str, object] = {}
-        exec("def twice(x):\n    return x + x", names)  # without a file there is no place beside it
-        assert compiled.compiled()(names["twice"])(21) == 42
-
-    def test_code_is_kept_in_the_first_folder_that_can_be_written_to(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        from numba import config
-
-        (tmp_path / "file").touch()
-        package, home, named = tmp_path / "package", tmp_path / "home", tmp_path / "named"
-        monkeypatch.setattr(config, "CACHE_DIR", "")
-        found = []
-        for own, cache_home in ((package, home), (tmp_path / "file", home), (tmp_path / "file", tmp_path / "file")):
-            monkeypatch.setattr(compiled, "PACKAGE", own)
-            monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
-            folder = compiled._folder.__wrapped__()
-            found.append(None if folder is None else folder.parent)
-        assert found == [package / "__pycache__", home / "kdkit", None]
-        monkeypatch.setattr(config, "CACHE_DIR", str(named))
-        assert compiled._folder.__wrapped__().parent == named
-        assert compiled.compiled()(lambda x: x + 1)(1) == 2
-
-    def test_a_change_in_any_file_of_loops_compiles_all_of_them_anew(self, tmp_path: Path) -> None:
-        from kdkit.softdtw import _kernels
-
-        assert compiled.digest(compiled.PACKAGE) in _kernels.solve.stats.cache_path
-        for name in ("__init__.py", "_loops.py", "inner/_more.py"):
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).write_text("one")
-        before = compiled.digest(tmp_path)
-        (tmp_path / "__init__.py").write_text("two")
-        assert compiled.digest(tmp_path) == before
-        (tmp_path / "inner/_more.py").write_text("two")
-        assert compiled.digest(tmp_path) != before
-
-    def test_threads_share_any_iterable(self) -> None:
-        seen: list[int] = []
-        chunks = ((number, number + 1) for number in range(20_000))
-        compiled.share_out(lambda begin, end, thread: seen.append(begin), chunks, 4)
-        assert sorted(seen) == list(range(20_000))
-
-    def test_every_turn_is_taken_once_by_some_thread(self) -> None:
-        from kdkit import _turns as turns
-
-        @compiled.compiled()
-        def count(turns_left: "turns.Array", counts: "turns.Array") -> None:
-            item = turns.next_turn(turns_left)
-            while item < len(counts):
-                counts[item] += 1
-                turns.finish(turns_left)
-                item = turns.next_turn(turns_left)
-
-        for num_items in (0, 1, 3, 100_000):
-            counts = np.zeros(num_items, np.int64)
-            turns.take_turns(lambda own, _, counts=counts: count(own, counts), num_items, 4)
-            assert (counts == 1).all()
-
-    def test_what_fails_in_a_helper_is_raised(self) -> None:
-        from kdkit import _turns as turns
-
-        begun = threading.Event()
-
-        def fail(_turns: object, thread: int) -> None:
-            if thread > 0:
-                begun.set()
-                raise MemoryError("no room")
-            begun.wait()
-
-        with pytest.raises(MemoryError, match="no room"):
-            turns.take_turns(fail, 1, 2)
 
 
 @pytest.mark.usefixtures("fresh_choice")

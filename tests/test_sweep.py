@@ -136,10 +136,7 @@ class TestRunSweep:
     def test_side_by_side_gives_the_same_figures_and_leaves_a_log(self, source, axes, tmp_path):
         one = run_sweep(plan_sweep(source, axes, tmp_path / "one"), axes, tmp_path / "one")
         two = run_sweep(plan_sweep(source, axes, tmp_path / "two"), axes, tmp_path / "two", jobs=2)
-        for alone, beside in zip(one.cells(), two.cells(), strict=True):
-            assert alone.keys() == beside.keys()
-            # Matrix products may round differently in another process.
-            assert all(beside[name] == pytest.approx(alone[name], rel=1e-6) for name in alone)
+        assert one.cells() == two.cells()
         logs = sorted((tmp_path / "two").rglob("seed-10.log"))
         assert len(logs) == 2
         assert "optimizer steps" in logs[0].read_text()

@@ -17,7 +17,7 @@ import math
 
 import numpy as np
 
-from kdkit.compiled import compiled
+from kdkit.compiled import compiled, part
 from kdkit.losses._numerics import exp, sum_of
 
 Array = np.ndarray
@@ -37,14 +37,14 @@ FEW = 24
 """As many are sorted by insertion."""
 
 
-@compiled()
+@part()
 def _take(row: Array, ids: Array, out: Array) -> None:
     """row[ids] into out."""
     for k in range(len(ids)):
         out[k] = row[np.uint64(ids[k])]
 
 
-@compiled()
+@part()
 def _exponentials(logprobs: Array, out: Array) -> np.int32:
     """e^x of each; how many are NaN or above MOST."""
     strangers = np.int32(0)
@@ -55,14 +55,14 @@ def _exponentials(logprobs: Array, out: Array) -> np.int32:
     return strangers
 
 
-@compiled()
+@part()
 def _probabilities(logprobs: Array, out: Array) -> tuple[float, bool]:
     """Their exponentials, which may take their place; the sum, and whether all were log-probabilities."""
     strangers = _exponentials(logprobs, out)
     return sum_of(out), strangers == 0
 
 
-@compiled()
+@part()
 def _log_mass(row: Array, ids: Array, mass: float) -> float:
     """Logarithm of the sum of the ids' probabilities."""
     if mass > SMALL_MASS:
@@ -78,7 +78,7 @@ def _log_mass(row: Array, ids: Array, mass: float) -> float:
     return top + math.log(total)
 
 
-@compiled()
+@part()
 def _count(bits: Array, counts: Array) -> None:
     """How many values are in each bin."""
     counts[:] = 0
@@ -86,7 +86,7 @@ def _count(bits: Array, counts: Array) -> None:
         counts[np.uint64(bits[k] >> BIN_SHIFT)] += 1
 
 
-@compiled()
+@part()
 def _settle(counts: tuple[Array, Array], signs: Array, aheads: Array) -> None:
     """The sign of each bin's ranks, and by how many the student is ahead above it.
 
@@ -110,7 +110,7 @@ def _settle(counts: tuple[Array, Array], signs: Array, aheads: Array) -> None:
         ahead += a - c
 
 
-@compiled()
+@part()
 def _sum_settled(values: Array, bits: Array, signs: Array, places: Array, members: Array) -> float:
     """Sum of the values in settled bins, each with its sign; members of open ones are put in place, bit by bit."""
     total = 0.0
@@ -126,7 +126,7 @@ def _sum_settled(values: Array, bits: Array, signs: Array, places: Array, member
     return total
 
 
-@compiled()
+@part()
 def _sort(members: Array) -> None:
     """In rising order, in place."""
     if len(members) > FEW:
@@ -140,7 +140,7 @@ def _sort(members: Array) -> None:
         members[j] = own
 
 
-@compiled()
+@part()
 def _run(members: Array, end: int, bits: int) -> int:
     """How many of members[:end] from the end have these bits."""
     count = 0
@@ -149,7 +149,7 @@ def _run(members: Array, end: int, bits: int) -> int:
     return count
 
 
-@compiled()
+@part()
 def _rank(student: Array, teacher: Array, ahead: int, bits: Array, signs: Array) -> float:
     """The members of an open bin ranked one by one: their sum with signs; `signs` of the student's are written."""
     _sort(student)
@@ -169,14 +169,14 @@ def _rank(student: Array, teacher: Array, ahead: int, bits: Array, signs: Array)
     return total
 
 
-@compiled()
+@part()
 def _write_signs(bits: Array, of_bins: Array, out: Array) -> None:
     """Of each value the sign of its bin."""
     for k in range(len(bits)):
         out[k] = of_bins[np.uint64(bits[k] >> BIN_SHIFT)]
 
 
-@compiled()
+@part()
 def _distance(student: Array, teacher: Array, bins: Array, members: Array, signs: Array) -> float:
     """Distance of the sorted probabilities of one position; the student's signs, unless there is no room."""
     student_bits, teacher_bits = student.view(np.int32), teacher.view(np.int32)

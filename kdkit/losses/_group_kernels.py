@@ -8,13 +8,13 @@ import math
 
 import numpy as np
 
-from kdkit.compiled import compiled
+from kdkit.compiled import compiled, part
 from kdkit.losses._cross_kernels import SMALL_MASS, _probabilities, _take
 
 Array = np.ndarray
 
 
-@compiled()
+@part()
 def _log_sum(logprobs: Array, probabilities: Array) -> float:
     """Logarithm of the sum of a group's probabilities."""
     total = 0.0
@@ -33,7 +33,7 @@ def _log_sum(logprobs: Array, probabilities: Array) -> float:
     return top + math.log(total)
 
 
-@compiled()
+@part()
 def _share(logprobs: Array, probabilities: Array) -> None:
     """Each id's share of its group's mass, in place of its probability; 0 where there is none."""
     total, top = 0.0, -np.inf

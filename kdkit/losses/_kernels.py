@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from kdkit.compiled import ANY_ORDER, compiled
+from kdkit.compiled import ANY_ORDER, compiled, part
 from kdkit.losses._numerics import HALF, ONE, TILE, ZERO, exp, exponentials, log, sum_of, top_of
 from kdkit.losses.compiled_forms import Kind
 
@@ -37,7 +37,7 @@ LEAST_MASS = np.float32(1e-37)
 """A mixture below it belongs to an id to which neither side gives anything that float32 can tell."""
 
 
-@compiled()
+@part()
 def _share(e: Array, z: Array, inverse: np.float32, top: np.float32, total: float, q: Array, log_q: Array) -> None:
     """Probabilities of a tile and their logarithms."""
     factor, log_total = np.float32(1 / total), np.float32(math.log(total))
@@ -50,7 +50,7 @@ def _share(e: Array, z: Array, inverse: np.float32, top: np.float32, total: floa
 # and returns the sums of the values and of what it added. An id that is -inf on both sides adds nothing.
 
 
-@compiled(ANY_ORDER)
+@part(ANY_ORDER)
 def _forward_kl(q: Array, p: Array, log_q: Array, log_p: Array, weight: np.float32, g: Array) -> Sums:
     value = added = ZERO
     for k in range(len(q)):
@@ -62,7 +62,7 @@ def _forward_kl(q: Array, p: Array, log_q: Array, log_p: Array, weight: np.float
     return value, added
 
 
-@compiled(ANY_ORDER)
+@part(ANY_ORDER)
 def _reverse_kl(q: Array, p: Array, log_q: Array, log_p: Array, weight: np.float32, g: Array) -> Sums:
     value = added = ZERO
     for k in range(len(q)):
@@ -75,7 +75,7 @@ def _reverse_kl(q: Array, p: Array, log_q: Array, log_p: Array, weight: np.float
     return value, added
 
 
-@compiled(ANY_ORDER)
+@part(ANY_ORDER)
 def _jsd(q: Array, p: Array, beta: np.float32, weight: np.float32, g: Array) -> Sums:
     value = added = ZERO
     rest = ONE - beta
@@ -91,7 +91,7 @@ def _jsd(q: Array, p: Array, beta: np.float32, weight: np.float32, g: Array) -> 
     return value, added
 
 
-@compiled(ANY_ORDER)
+@part(ANY_ORDER)
 def _tvd(q: Array, p: Array, weight: np.float32, g: Array) -> Sums:
     value = added = ZERO
     for k in range(len(q)):
@@ -104,7 +104,7 @@ def _tvd(q: Array, p: Array, weight: np.float32, g: Array) -> Sums:
     return value, added
 
 
-@compiled(ANY_ORDER)
+@part(ANY_ORDER)
 def _skew_forward_kl(q: Array, p: Array, alpha: np.float32, weight: np.float32, g: Array) -> Sums:
     value = added = ZERO
     rest = ONE - alpha
@@ -118,7 +118,7 @@ def _skew_forward_kl(q: Array, p: Array, alpha: np.float32, weight: np.float32, 
     return value, added
 
 
-@compiled(ANY_ORDER)
+@part(ANY_ORDER)
 def _skew_reverse_kl(q: Array, p: Array, alpha: np.float32, weight: np.float32, g: Array) -> Sums:
     value = added = ZERO
     rest = ONE - alpha
@@ -133,7 +133,7 @@ def _skew_reverse_kl(q: Array, p: Array, alpha: np.float32, weight: np.float32, 
     return value, added
 
 
-@compiled(ANY_ORDER)
+@part(ANY_ORDER)
 def _alpha_beta(log_q: Array, log_p: Array, alpha: np.float32, beta: np.float32, weight: np.float32, g: Array) -> Sums:
     value = added = ZERO
     total = alpha + beta
@@ -148,7 +148,7 @@ def _alpha_beta(log_q: Array, log_p: Array, alpha: np.float32, beta: np.float32,
     return value, added
 
 
-@compiled(ANY_ORDER)
+@part(ANY_ORDER)
 def _entropy(p: Array, log_p: Array) -> np.float32:
     """Of a tile; an id without mass adds nothing."""
     value = ZERO
@@ -157,7 +157,7 @@ def _entropy(p: Array, log_p: Array) -> np.float32:
     return value
 
 
-@compiled()
+@part()
 def _tile_of(
     kind: int, own: tuple[np.float32, np.float32], pair: tuple[Array, Array, Array, Array], weight: np.float32, g: Array
 ) -> Sums:
@@ -178,7 +178,7 @@ def _tile_of(
     return _alpha_beta(log_q, log_p, own[0], own[1], weight, g)
 
 
-@compiled()
+@part()
 def _gradient(g: Array, e: Array, share: np.float32, inverse: np.float32, is_first: bool, out: Array) -> None:
     """(g - e · share) · inverse, into `out` or on top of it."""
     if is_first:
@@ -189,14 +189,14 @@ def _gradient(g: Array, e: Array, share: np.float32, inverse: np.float32, is_fir
             out[k] += (g[k] - e[k] * share) * inverse
 
 
-@compiled()
+@part()
 def _spread(z: Array, inverse: np.float32, e: Array) -> tuple[np.float32, float]:
     """e^(z · inverse - top) into e; top and the sum."""
     top = top_of(z, inverse)
     return top, exponentials(z, inverse, top, e)
 
 
-@compiled()
+@part()
 def _columns_of_kept(
     e: Array, z: Array, factor: np.float32, top: np.float32, total: float, ids: Array, q: Array, log_q: Array
 ) -> float:
@@ -214,7 +214,7 @@ def _columns_of_kept(
     return rest
 
 
-@compiled()
+@part()
 def _give_to_all(e: Array, ids: Array, of_columns: Array, rest: float, g: Array) -> None:
     """Each kept id gets its column's derivative, every other id its share of the last one's."""
     share = np.float32(of_columns[len(ids)] / rest) if rest > 0 else ZERO
@@ -224,7 +224,7 @@ def _give_to_all(e: Array, ids: Array, of_columns: Array, rest: float, g: Array)
         g[ids[k]] = of_columns[k]
 
 
-@compiled()
+@part()
 def _weigh(terms: Terms, where: tuple[int, int], pair: tuple[Array, Array, Array, Array], into: Into) -> float:
     """All divergences of a temperature over some columns; the sum of what was added to g."""
     kinds, group_of, firsts, seconds, weights, token_weights = terms
@@ -241,7 +241,7 @@ def _weigh(terms: Terms, where: tuple[int, int], pair: tuple[Array, Array, Array
     return added
 
 
-@compiled()
+@part()
 def _compare_all(
     sides: tuple[Side, Side], tables: tuple[Array, Array], terms: Terms, where: tuple[int, int], into: Into
 ) -> tuple[float, float]:
@@ -261,7 +261,7 @@ def _compare_all(
     return added, entropy
 
 
-@compiled()
+@part()
 def _compare_kept(
     student: Side,
     known: tuple[Array, Array],
@@ -284,7 +284,7 @@ def _compare_kept(
     return added, _entropy(p, log_probs), teacher_total
 
 
-@compiled()
+@part()
 def _count_labels(student: Side, terms: Terms, where: tuple[int, int], targets: Array, into: Into) -> float:
     """All terms of labels of a temperature; what was added to g."""
     z, _, factor, top, total = student

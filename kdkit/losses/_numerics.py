@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.polynomial import Chebyshev, Polynomial
 
-from kdkit.compiled import ANY_ORDER, compiled
+from kdkit.compiled import ANY_ORDER, part
 
 Array = np.ndarray
 TILE = 512
@@ -40,7 +40,7 @@ LEAST, MOST = np.float32(-127), np.float32(128)
 ZERO, ONE, HALF = np.float32(0), np.float32(1), np.float32(0.5)
 
 
-@compiled()
+@part()
 def exp(x: np.float32) -> np.float32:
     """e^x; 0 below 2^-127, NaN for NaN."""
     power = x * ROUGH_LOG2_E
@@ -54,7 +54,7 @@ def exp(x: np.float32) -> np.float32:
     return value * np.int32(np.int32(whole + np.int32(127)) << EXPONENT_BITS).view(np.float32)
 
 
-@compiled()
+@part()
 def log(x: np.float32) -> np.float32:
     """Natural logarithm of x > 0 to 1e-7 of itself; something finite for 0 and NaN."""
     bits = np.float32(x).view(np.int32)
@@ -66,13 +66,13 @@ def log(x: np.float32) -> np.float32:
     return value * f + np.float32(exponent) * LN_2
 
 
-@compiled()
+@part()
 def _key(bits: np.int32) -> np.int32:
     """A whole number that is in order as the float32 of these bits is, and the way back."""
     return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 
 
-@compiled()
+@part()
 def top_of(z: Array, inverse: np.float32) -> np.float32:
     """Largest of z · inverse; NaN where one is NaN, unless its sign is set."""
     top = LOWEST_KEY
@@ -81,7 +81,7 @@ def top_of(z: Array, inverse: np.float32) -> np.float32:
     return np.int32(_key(top)).view(np.float32)
 
 
-@compiled(ANY_ORDER)
+@part(ANY_ORDER)
 def exponentials(z: Array, inverse: np.float32, top: np.float32, e: Array) -> float:
     """e^(z · inverse - top) into e; their sum."""
     total = np.float64(0)
@@ -96,7 +96,7 @@ def exponentials(z: Array, inverse: np.float32, top: np.float32, e: Array) -> fl
     return total
 
 
-@compiled(ANY_ORDER)
+@part(ANY_ORDER)
 def sum_of(values: Array) -> float:
     """Of a row."""
     total = np.float64(0)

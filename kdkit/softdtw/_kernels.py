@@ -22,11 +22,10 @@ count from the end), whole lanes, at most one reduction. `tests/benchmarks/test_
 import math
 
 import numpy as np
-from numba import njit
 from numpy.polynomial import Chebyshev, Polynomial
 
 from kdkit._turns import finish, next_turn
-from kdkit.compiled import compiled
+from kdkit.compiled import compiled, part
 from kdkit.softdtw._tiles import TILE, fetch, put_tile, take_tile
 
 Array = np.ndarray
@@ -64,7 +63,7 @@ LEAST_SHARE = np.int32(127 - 32)
 LEAST_MASS = np.float32(1e-24)
 
 
-@njit(inline="always")
+@part()
 def _diagonal_limits(a: int, n: int, m: int, band: int) -> tuple[int, int]:
     """First and last admissible row of anti-diagonal a: `kdkit.softdtw.band.band_limits`; band 0 = none."""
     first, last = max(0, a - m + 1), min(n - 1, a)
@@ -75,7 +74,7 @@ def _diagonal_limits(a: int, n: int, m: int, band: int) -> tuple[int, int]:
     return first, last
 
 
-@njit(inline="always")
+@part()
 def _row_limits(i: int, n: int, m: int, band: int) -> tuple[int, int]:
     """First and last admissible column of row i."""
     first, last = 0, m - 1
@@ -86,7 +85,7 @@ def _row_limits(i: int, n: int, m: int, band: int) -> tuple[int, int]:
     return first, last
 
 
-@njit(inline="always")
+@part()
 def _power_of_two(exponent: np.int32) -> np.float32:
     """2^exponent for a whole number <= 0, 0 below 2^-32."""
     biased = np.int32(exponent + np.int32(127))
@@ -94,7 +93,7 @@ def _power_of_two(exponent: np.int32) -> np.float32:
     return np.int32(biased << np.int32(23)).view(np.float32)
 
 
-@compiled()
+@part()
 def _plan_rows(n: int, m: int, band: int) -> Rows:
     first, last, slot = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
     count = 0
@@ -105,7 +104,7 @@ def _plan_rows(n: int, m: int, band: int) -> Rows:
     return first, last, slot
 
 
-@compiled()
+@part()
 def _count_slots(rows: Rows) -> tuple[int, int]:
     """Slots that the shares of all strips need, and those of the largest, at most."""
     first, last, slot = rows
@@ -138,7 +137,7 @@ def plan_batch(lengths_n: Array, lengths_m: Array, band: int, most: int, starts:
     return needed + GUARD
 
 
-@compiled()
+@part()
 def _plan_diagonals(n: int, m: int, band: int) -> tuple[Array, Array]:
     """First and last admissible row of each anti-diagonal."""
     count = n + m - 1
@@ -148,7 +147,7 @@ def _plan_diagonals(n: int, m: int, band: int) -> tuple[Array, Array]:
     return first, last
 
 
-@compiled()
+@part()
 def _plan_strip(top: int, rows: Rows, diagonals: tuple[Array, Array], start: int, keep: bool) -> Strip:
     """The strip that begins with row `top`, its shares from slot `start` on; all share one unless they are kept."""
     height = min(HEIGHT, len(rows[0]) - top)
@@ -163,7 +162,7 @@ def _plan_strip(top: int, rows: Rows, diagonals: tuple[Array, Array], start: int
     return top, height, column, first, last, slot
 
 
-@compiled()
+@part()
 def _skew(cost: Array, bases: Array, rows: Rows, strip: Strip, begin: int, end: int, block: Array) -> None:
     """The costs of the strip's anti-diagonals begin to end - 1, at most DEPTH, one of them WIDTH numbers of block.
 
@@ -184,7 +183,7 @@ def _skew(cost: Array, bases: Array, rows: Rows, strip: Strip, begin: int, end: 
                     block[at + c * WIDTH] = cost[source + c]
 
 
-@compiled()
+@part()
 def _unskew(block: Array, bases: Array, rows: Rows, strip: Strip, begin: int, end: int, cells: Array) -> None:
     """The way back from block to the packed cells."""
     first, last, _ = rows
@@ -202,7 +201,7 @@ def _unskew(block: Array, bases: Array, rows: Rows, strip: Strip, begin: int, en
                     cells[target + c] = block[at + c * WIDTH]
 
 
-@compiled()
+@part()
 def _forward(
     cost: Array,
     rows: Rows,
@@ -286,7 +285,7 @@ def _forward(
     return misfit != 0
 
 
-@compiled()
+@part()
 def _backward(
     rows: Rows, strip: Strip, below: Array, above: Array, share_up: Array, share_left: Array, cells: Array
 ) -> None:
@@ -340,7 +339,7 @@ def _backward(
         after, second = spare, spare + width
 
 
-@compiled()
+@part()
 def _solve_sample(
     cost: Array, n: int, m: int, band: int, most: int, gamma: float, shares: Array, cells: Array
 ) -> tuple[float, bool]:
@@ -427,7 +426,7 @@ def pack_sample(alignment: Array, n: int, m: int, band: int, cells: Array) -> No
             cells[slot[i] + j] = alignment[i, j]
 
 
-@compiled()
+@part()
 def _spread_sample(cells: Array, n: int, m: int, band: int, factor: np.float32, out: Array) -> None:
     """One sample of `spread`."""
     first, last, slot = _plan_rows(n, m, band)
