@@ -89,7 +89,7 @@ LIGHT += ("session.packages", "session.place")  # a notebook calls them before a
 COUNTING = ("memory.counting", "memory.exact", "memory.generation", "memory.stand_ins")  # run the step itself
 TORCH_ONLY = ("compiled", "cuda", "losses", "softdtw", "teacher.kept", "teacher.signal", "_turns")
 COMPILER = {"compiled": {"numba"}, "softdtw._kernels": {"numba"}}
-COMPILER |= {module: {"llvmlite", "numba"} for module in ("softdtw._tiles", "_turns")}
+COMPILER |= {module: {"llvmlite", "numba"} for module in ("softdtw._lanes", "softdtw._tiles", "_turns")}
 PRESENTATION = {"inspection", "notebook", "plots", "widgets", "report"}
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -248,16 +249,59 @@ class TestPlans:
     def test_rows_and_diagonals_equal_the_formula(self, band: int | None) -> None:
         from kdkit.softdtw import _kernels
 
-        for n in range(1, 9):
-            for m in range(1, 9):
-                first, last, slot = _kernels._plan_rows(n, m, band or 0)
+        for n in range(1, 14):
+            for m in range(1, 14):
+                rows = first, last, slot = _kernels._plan_rows(n, m, band or 0)
                 inside = [(i, j) for i in range(n) for j in range(m) if is_inside(i, j, n=n, m=m, band=band)]
                 found = [(i, j) for i in range(n) for j in range(first[i], last[i] + 1)]
                 assert found == inside
                 assert [slot[i] + j for i, j in inside] == list(range(len(inside)))
                 limits = band_limits(torch.tensor([n]), torch.tensor([m]), band=band, num_diagonals=n + m - 1)
-                diagonals = _kernels._plan_diagonals(n, m, band or 0)
+                diagonals = _kernels._plan_diagonals(m, rows)
                 assert [side.tolist() for side in diagonals] == [side.flatten().tolist() for side in limits]
+
+
+@needs_numba
+class TestLanes:
+    def test_operators_work_on_each_lane(self) -> None:
+        from kdkit.softdtw import _lanes as it
+
+        @compiled.part()
+        def written(x: np.ndarray, i: np.ndarray, out: np.ndarray, whole: np.ndarray) -> bool:
+            zero, eight = np.uint64(0), np.uint64(8)
+            a, b, e, f = it.load(x, zero), it.load(x, eight), it.load(i, zero), it.load(i, eight)
+            shift, two = it.every(np.int32(3)), it.constant(np.float32(2))
+            it.store(out, zero, (a + b) * two - a / b)
+            it.store(out, eight, it.where(a > b, a, it.floats_of(it.bits_of(b))))
+            it.store(whole, zero, (e + f) - ((e & f) | (e << shift)))
+            it.store(whole, eight, it.where(e > f, e >> shift, f))
+            return it.any_of((a > b) | (b != b))
+
+        x = np.arange(-7, 9, dtype=np.float32) / 3
+        i = np.arange(-80, 80, 10, dtype=np.int32)[::-1].copy()
+        out, whole = np.empty_like(x), np.empty_like(i)
+        assert not written(x, i, out, whole)
+        a, b, e, f = x[:8], x[8:], i[:8], i[8:]
+        np.testing.assert_allclose(out[:8], (a + b) * 2 - a / b, rtol=1e-6)
+        np.testing.assert_array_equal(out[8:], b)
+        np.testing.assert_array_equal(whole[:8], (e + f) - ((e & f) | (e << 3)))
+        np.testing.assert_array_equal(whole[8:], e >> 3)
+        x[12] = np.nan
+        assert written(x, i, out, whole)
+        assert np.isnan(out[12])  # nothing is larger than NaN
+
+    def test_arrays_of_another_kind_are_refused(self) -> None:
+        from numba.core.errors import TypingError
+
+        from kdkit.softdtw import _lanes as it
+
+        @compiled.part()
+        def copied(source: np.ndarray, target: np.ndarray) -> None:
+            it.store(target, np.uint64(0), it.load(source, np.uint64(0)))
+
+        for source, target in (("float64", "float64"), ("float32", "int32")):
+            with pytest.raises(TypingError, match=r"allowed: float32|cannot be stored"):
+                copied(np.zeros(8, source), np.zeros(8, target))
 
 
 @pytest.mark.usefixtures("fresh_choice")

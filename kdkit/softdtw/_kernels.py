@@ -15,8 +15,7 @@ copied back likewise. A stored share has one slot for each admissible cell, an a
 lanes. The shares of a long sample are stored for one strip alone, and computed a second time on the way back. The
 alignment leaves as the admissible cells row after row: "packed".
 
-LLVM vectorises these loops as they are written: flat arrays, no slices, unsigned indices (a signed one might
-count from the end), whole lanes, at most one reduction. `tests/benchmarks/test_bench_softdtw.py` tells if not.
+Arrays are flat and indices unsigned: numba asks of a signed one whether it counts from the end.
 """
 
 import math
@@ -26,18 +25,19 @@ from numpy.polynomial import Chebyshev, Polynomial
 
 from kdkit._turns import finish, next_turn
 from kdkit.compiled import compiled, part
-from kdkit.softdtw._tiles import TILE, fetch, put_tile, take_tile
+from kdkit.softdtw._lanes import LANES, Lanes, any_of, bits_of, constant, every, floats_of, load, store, where
+from kdkit.softdtw._tiles import TILE, fetch_to_read, fetch_to_write, put_part, put_tile, take_part, take_tile
 
 Array = np.ndarray
 Rows = tuple[Array, Array, Array]
 """Of each row: first and last admissible column, and the packed slot that column 0 has or would have."""
 Edge = tuple[Array, Array]
 """Mantissas and exponents of Z along a row, those of column j at j + 1; exponent NOTHING where no path comes from."""
-Strip = tuple[int, int, int, Array, Array, Array]
-"""Its first row, its height and the column of its first anti-diagonal's one cell; and of each anti-diagonal: first and
-last admissible row, counted from the first, and the slot of the first one's shares."""
+Strip = tuple[int, int, int, Array, Array, Array, Array, Array]
+"""Its first row, its height and the column of its first anti-diagonal's one cell; of each anti-diagonal: first and
+last admissible row, counted from the first, and the slot of the first one's shares; and of each row, and TILE more: its
+first anti-diagonal and the one past its last."""
 
-LANES = 8
 DEPTH = 16
 HEIGHT = 128
 WIDTH = HEIGHT + 4 * LANES
@@ -56,41 +56,23 @@ EXP2 = tuple(np.float32(c) for c in _fit.coef)
 ROUNDING = np.float32(1.5 * 2**23)
 """x + ROUNDING has the whole number next to x in its lowest bits, for |x| < 2^22."""
 ROUNDING_BITS = np.int32(0x4B400000)
-MANTISSA_BITS = np.int32(0x7FFFFF)
-ONE_BITS = np.int32(0x3F800000)
-LEAST_SHARE = np.int32(127 - 32)
+SIGNLESS_BITS, MANTISSA_BITS, ONE_BITS = np.int32(0x7FFFFFFF), np.int32(0x7FFFFF), np.int32(0x3F800000)
+BIAS, EXPONENT_SHIFT = np.int32(127), np.int32(23)
+LEAST_SHARE = np.int32(BIAS - 32)
 """Predecessors 2^-32 below the largest count as 0: float32 cannot tell, and no product becomes denormal."""
 LEAST_MASS = np.float32(1e-24)
+ZERO, ONE, INFINITY, NO_BITS = np.float32(0), np.float32(1), np.float32(np.inf), np.int32(0)
 
 
 @part()
-def _diagonal_limits(a: int, n: int, m: int, band: int) -> tuple[int, int]:
-    """First and last admissible row of anti-diagonal a: `kdkit.softdtw.band.band_limits`; band 0 = none."""
-    first, last = max(0, a - m + 1), min(n - 1, a)
-    if band > 0 and n + m > 2:
-        slack, steps, centre = band * (max(n, m) - 1), n + m - 2, a * (n - 1)
-        first = max(first, -((slack - centre) // steps))
-        last = min(last, (slack + centre) // steps)
-    return first, last
+def _larger(x: Lanes, y: Lanes) -> Lanes:
+    return where(x > y, x, y)
 
 
 @part()
-def _row_limits(i: int, n: int, m: int, band: int) -> tuple[int, int]:
-    """First and last admissible column of row i."""
-    first, last = 0, m - 1
-    if band > 0 and n > 1:
-        slack, centre = band * (max(n, m) - 1), i * (m - 1)
-        first = max(first, -((slack - centre) // (n - 1)))
-        last = min(last, (slack + centre) // (n - 1))
-    return first, last
-
-
-@part()
-def _power_of_two(exponent: np.int32) -> np.float32:
-    """2^exponent for a whole number <= 0, 0 below 2^-32."""
-    biased = np.int32(exponent + np.int32(127))
-    biased = biased if biased > LEAST_SHARE else np.int32(0)
-    return np.int32(biased << np.int32(23)).view(np.float32)
+def _power_of_two(biased: Lanes, least: Lanes, shift: Lanes, zero: Lanes) -> Lanes:
+    """The float32 of this biased exponent; 0 where it is not above the least."""
+    return floats_of(where(biased > least, biased << shift, zero))
 
 
 @part()
@@ -98,7 +80,11 @@ def _plan_rows(n: int, m: int, band: int) -> Rows:
     first, last, slot = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
     count = 0
     for i in range(n):
-        first[i], last[i] = _row_limits(i, n, m, band)
+        last[i] = m - 1
+        if band > 0 and n > 1:
+            last[i] = min(m - 1, (band * (max(n, m) - 1) + i * (m - 1)) // (n - 1))
+    for i in range(n):
+        first[i] = m - 1 - last[n - 1 - i]  # the band looks the same from its other end
         slot[i] = count - first[i]
         count += last[i] - first[i] + 1
     return first, last, slot
@@ -138,12 +124,19 @@ def plan_batch(lengths_n: Array, lengths_m: Array, band: int, most: int, starts:
 
 
 @part()
-def _plan_diagonals(n: int, m: int, band: int) -> tuple[Array, Array]:
+def _plan_diagonals(m: int, rows: Rows) -> tuple[Array, Array]:
     """First and last admissible row of each anti-diagonal."""
+    of_row_first, of_row_last, _ = rows
+    n = len(of_row_first)
     count = n + m - 1
     first, last = np.empty(count, np.int64), np.empty(count, np.int64)
+    top = bottom = 0
     for a in range(count):
-        first[a], last[a] = _diagonal_limits(a, n, m, band)
+        while top + of_row_last[top] < a:
+            top += 1
+        while bottom + 1 < n and bottom + 1 + of_row_first[bottom + 1] <= a:
+            bottom += 1
+        first[a], last[a] = top, bottom
     return first, last
 
 
@@ -159,46 +152,32 @@ def _plan_strip(top: int, rows: Rows, diagonals: tuple[Array, Array], start: int
         a = top + column + d
         first[d], last[d] = max(diagonals[0][a], top) - top, min(diagonals[1][a], bottom) - top
         slot[d + 1] = slot[d] + ((last[d] - first[d] + LANES) // LANES * LANES if keep else 0)
-    return top, height, column, first, last, slot
+    begins, ends = np.full(height + TILE, count, np.int64), np.full(height + TILE, count, np.int64)
+    for r in range(height):
+        begins[r], ends[r] = rows[0][top + r] - column + r, rows[1][top + r] - column + r + 1
+    return top, height, column, first, last, slot, begins, ends
 
 
 @part()
-def _skew(cost: Array, bases: Array, rows: Rows, strip: Strip, begin: int, end: int, block: Array) -> None:
-    """The costs of the strip's anti-diagonals begin to end - 1, at most DEPTH, one of them WIDTH numbers of block.
+def _turn(array: Array, bases: Array, strip: Strip, begin: int, end: int, block: Array, back: bool) -> None:
+    """The strip's anti-diagonals begin to end - 1, at most DEPTH, from its rows into lines of block, or back.
 
-    `bases` say where in `cost` the strip's rows would have their cell of its first anti-diagonal.
+    `bases` say where in `array` the strip's rows, and TILE more, would have their cell of its first anti-diagonal. A
+    line has WIDTH numbers.
     """
-    first, last, _ = rows
-    top, _, column, first_row, last_row, _ = strip
-    stop = last_row[end - 1] + 1
-    for r in range(first_row[begin], stop, TILE):
+    _, _, _, first, last, _, begins, ends = strip
+    for r in range(first[begin], last[end - 1] + 1, TILE):
         for d in range(0, DEPTH, TILE):
-            i, j = top + r, column + begin + d - r
-            if r + TILE <= stop and first[i + TILE - 1] <= j - TILE + 1 and j + TILE - 1 <= last[i]:
-                take_tile(cost, bases, r, begin + d, block, d * WIDTH + r, WIDTH)
-                continue
-            for k in range(min(TILE, stop - r)):
-                at, source = d * WIDTH + r + k, bases[r + k] + begin + d
-                for c in range(max(first[i + k] - j + k, 0), min(last[i + k] - j + k + 1, TILE)):
-                    block[at + c * WIDTH] = cost[source + c]
-
-
-@part()
-def _unskew(block: Array, bases: Array, rows: Rows, strip: Strip, begin: int, end: int, cells: Array) -> None:
-    """The way back from block to the packed cells."""
-    first, last, _ = rows
-    top, _, column, first_row, last_row, _ = strip
-    stop = last_row[end - 1] + 1
-    for r in range(first_row[begin], stop, TILE):
-        for d in range(0, DEPTH, TILE):
-            i, j = top + r, column + begin + d - r
-            if r + TILE <= stop and first[i + TILE - 1] <= j - TILE + 1 and j + TILE - 1 <= last[i]:
-                put_tile(cells, bases, r, begin + d, block, d * WIDTH + r, WIDTH)
-                continue
-            for k in range(min(TILE, stop - r)):
-                at, target = d * WIDTH + r + k, bases[r + k] + begin + d
-                for c in range(max(first[i + k] - j + k, 0), min(last[i + k] - j + k + 1, TILE)):
-                    cells[target + c] = block[at + c * WIDTH]
+            shift, at = begin + d, d * WIDTH + r
+            whole = begins[r + TILE - 1] <= shift and shift + TILE <= ends[r]
+            if whole and back:
+                put_tile(array, bases, begins, ends, r, shift, block, at, WIDTH)
+            elif whole:
+                take_tile(array, bases, begins, ends, r, shift, block, at, WIDTH)
+            elif back:
+                put_part(array, bases, begins, ends, r, shift, block, at, WIDTH)
+            else:
+                take_part(array, bases, begins, ends, r, shift, block, at, WIDTH)
 
 
 @part()
@@ -216,8 +195,8 @@ def _forward(
 
     `scales` are log2(e) / gamma and the largest cost in units of gamma log 2.
     """
-    top, height, column, first, last, slot = strip
-    bases, given = np.empty(height, np.int64), cost.reshape(cost.size)
+    top, height, column, first, last, slot, _, _ = strip
+    bases, given = np.empty(height + TILE, np.int64), cost.reshape(cost.size)
     for r in range(height):
         bases[r] = (top + r) * cost.shape[1] + column - r
     zero, one, lanes = np.uint64(0), np.uint64(1), np.uint64(LANES)
@@ -228,50 +207,55 @@ def _forward(
     before, last_one, current = zero, size, size + size
     mantissas[before], exponents[before] = above[0][column], above[1][column]
     mantissas[last_one], exponents[last_one] = above[0][column + 1], above[1][column + 1]
-    exact = np.float32(scales[0])
     # The whole part may come from a slightly other product: written twice the same, it would be rounded
     # before the subtraction, where a fused multiply-add keeps the fraction exact.
-    rough = np.float32(exact * np.float32(1 + 2**-22))
-    limit = np.float32(scales[1])
-    misfit = np.int32(0)
+    exact = np.float32(scales[0])
+    to_powers, to_rough_powers = every(exact), every(np.float32(exact * np.float32(1 + 2**-22)))
+    limit, infinite, rounding = every(np.float32(scales[1])), constant(INFINITY), constant(ROUNDING)
+    zeros, ones, nothing = every(ZERO), constant(ONE), constant(NOTHING)
+    bias, least, shift, no_bits = constant(BIAS), constant(LEAST_SHARE), every(EXPONENT_SHIFT), every(NO_BITS)
+    rounding_bits, signless_bits = constant(ROUNDING_BITS), constant(SIGNLESS_BITS)
+    mantissa_bits, one_bits = constant(MANTISSA_BITS), constant(ONE_BITS)
+    c6, c5, c4 = constant(EXP2[6]), constant(EXP2[5]), constant(EXP2[4])
+    c3, c2, c1, c0 = constant(EXP2[3]), constant(EXP2[2]), constant(EXP2[1]), constant(EXP2[0])
+    none = zeros > zeros
+    misfits = none
     for d in range(len(first)):
         if d % DEPTH == 0:
-            _skew(given, bases, rows, strip, d, min(d + DEPTH, len(first)), costs)
+            stop = min(d + DEPTH, len(first))
+            _turn(given, bases, strip, d, stop, costs, False)
+            for r in range(first[stop - 1], last[stop - 1] + 1):
+                fetch_to_read(given, bases[r] + stop + DEPTH - 1)
         row, end = np.uint64(first[d]), np.uint64(last[d]) + one
-        here, fill = np.uint64(d % DEPTH) * width + row, np.uint64(d % DEPTH) * width + end
-        for k in range(lanes):
-            costs[fill + k] = np.float32(np.inf)
+        line = np.uint64(d % DEPTH) * width
+        here, out = line + row, np.uint64(slot[d])
+        store(costs, line + end, infinite)
         diagonal, up, left, own = before + row, last_one + row, last_one + row + one, current + row + one
-        out = np.uint64(slot[d])
-        misfits = np.int32(0)
-        for k in range((end - row + lanes - one) & np.uint64(-LANES & 0xFFFFFFFF)):
-            e_diagonal, e_up, e_left = exponents[diagonal + k], exponents[up + k], exponents[left + k]
-            e_most = max(max(e_diagonal, e_up), e_left)
-            z_diagonal = mantissas[diagonal + k] * _power_of_two(e_diagonal - e_most)
-            z_up = mantissas[up + k] * _power_of_two(e_up - e_most)
-            z_left = mantissas[left + k] * _power_of_two(e_left - e_most)
+        for k in range(zero, end - row, lanes):
+            e_diagonal, e_up, e_left = load(exponents, diagonal + k), load(exponents, up + k), load(exponents, left + k)
+            base = _larger(_larger(e_diagonal, e_up), e_left) - bias
+            z_diagonal = load(mantissas, diagonal + k) * _power_of_two(e_diagonal - base, least, shift, no_bits)
+            z_up = load(mantissas, up + k) * _power_of_two(e_up - base, least, shift, no_bits)
+            z_left = load(mantissas, left + k) * _power_of_two(e_left - base, least, shift, no_bits)
             total = z_diagonal + z_up + z_left
-            inverse = np.float32(1.0) / total
+            inverse = ones / total
             # Where nothing comes from one of the three, the other two must leave exactly nothing for it.
-            to_up = z_up * inverse if z_left + z_diagonal > np.float32(0.0) else np.float32(1.0)
-            share_up[out + k] = to_up
-            share_left[out + k] = z_left * inverse if z_diagonal > np.float32(0.0) else np.float32(1.0) - to_up
+            to_up = where(z_left + z_diagonal > zeros, z_up * inverse, ones)
+            store(share_up, out + k, to_up)
+            store(share_left, out + k, where(z_diagonal > zeros, z_left * inverse, ones - to_up))
 
-            c = costs[here + k]
-            power = c * rough
-            fits = abs(power) < limit
-            misfits = np.int32(misfits | np.int32((not fits) & (c != np.float32(np.inf))))
-            rounded = (power if fits else np.float32(0.0)) + ROUNDING
-            x = (rounded - ROUNDING) - c * exact
-            x = x if fits else np.float32(0.0)
-            p = ((EXP2[6] * x + EXP2[5]) * x + EXP2[4]) * x + EXP2[3]
-            p = ((p * x + EXP2[2]) * x + EXP2[1]) * x + EXP2[0]
-            bits = np.float32(total * p).view(np.int32)
-            whole = np.int32(np.float32(rounded).view(np.int32) - ROUNDING_BITS)
-            exponent = np.int32(np.int32(e_most - whole) + np.int32(np.int32(bits >> np.int32(23)) - np.int32(127)))
-            mantissas[own + k] = np.int32((bits & MANTISSA_BITS) | ONE_BITS).view(np.float32)
-            exponents[own + k] = exponent if fits else NOTHING
-        misfit = np.int32(misfit | misfits)
+            c = load(costs, here + k)
+            power = c * to_rough_powers
+            fits = limit > floats_of(bits_of(power) & signless_bits)
+            misfits = misfits | where(fits, none, c != infinite)
+            rounded = where(fits, power, zeros) + rounding
+            x = where(fits, (rounded - rounding) - c * to_powers, zeros)
+            p = ((c6 * x + c5) * x + c4) * x + c3
+            p = ((p * x + c2) * x + c1) * x + c0
+            bits = bits_of(total * p)
+            exponent = (base + rounding_bits - bits_of(rounded)) + (bits >> shift)
+            store(mantissas, own + k, floats_of((bits & mantissa_bits) | one_bits))
+            store(exponents, own + k, where(fits, exponent, nothing))
         if first[d] == 0:
             mantissas[current], exponents[current] = above[0][column + d + 2], above[1][column + d + 2]
         else:
@@ -281,8 +265,8 @@ def _forward(
             below[0][there], below[1][there] = mantissas[bottom], exponents[bottom]
         before, last_one, current = last_one, current, before
     for k in range(slot[len(first)], slot[len(first)] + GUARD):
-        share_up[k] = share_left[k] = np.float32(0.0)
-    return misfit != 0
+        share_up[k] = share_left[k] = ZERO
+    return any_of(misfits)
 
 
 @part()
@@ -291,12 +275,13 @@ def _backward(
 ) -> None:
     """Expected alignment of a strip, packed, from the mass that its last row's cells get from below; and that which
     those above it get. Both have column j at j + 1; `above` holds zeros."""
-    top, height, column, first, last, slot = strip
-    bases = np.empty(height, np.int64)
+    top, height, column, first, last, slot, _, _ = strip
+    bases = np.empty(height + TILE, np.int64)
     for r in range(height):
         bases[r] = rows[2][top + r] + column - r
     count = len(first)
-    one, lanes, width = np.uint64(1), np.uint64(LANES), np.uint64(WIDTH)
+    zero, one, lanes, width = np.uint64(0), np.uint64(1), np.uint64(LANES), np.uint64(WIDTH)
+    zeros, ones, least = every(ZERO), constant(ONE), constant(LEAST_MASS)
     # Two rows more, for the two anti-diagonals that follow those of the block.
     mass = np.zeros((DEPTH + 2) * WIDTH, np.float32)
     spare = np.uint64(DEPTH) * width
@@ -305,8 +290,8 @@ def _backward(
         stop = min(start + DEPTH, count)
         # To wait for these cache lines later, two for a row, would double the time of 1,024 x 1,024.
         for r in range(first[start], last[stop - 1] + 1):
-            fetch(cells, min(max(bases[r] + start, 0), len(cells) - 1))
-            fetch(cells, min(max(bases[r] + start + DEPTH - 1, 0), len(cells) - 1))
+            fetch_to_write(cells, bases[r] + start)
+            fetch_to_write(cells, bases[r] + start + DEPTH - 1)
         for d in range(stop - 1, start - 1, -1):
             current = np.uint64(d - start) * width
             row, end = np.uint64(first[d]), np.uint64(last[d]) + one
@@ -317,22 +302,22 @@ def _backward(
             to_up, to_diagonal = to_left + one, np.uint64(slot[c] + first[d] - first[c] + 1)
             right, below_it = after + row, after + row + one
             across, own = second + row + one, current + row
-            for k in range((end - row + lanes - one) & np.uint64(-LANES & 0xFFFFFFFF)):
-                kept = np.float32(1.0) - share_up[to_diagonal + k] - share_left[to_diagonal + k]
-                e = mass[across + k] * max(kept, np.float32(0.0))
-                e += mass[below_it + k] * share_up[to_up + k] + mass[right + k] * share_left[to_left + k]
-                mass[own + k] = e if e > LEAST_MASS else np.float32(0.0)
-            for k in range(lanes):
-                mass[current + end + k] = np.float32(0.0)
+            for k in range(zero, end - row, lanes):
+                kept = ones - load(share_up, to_diagonal + k) - load(share_left, to_diagonal + k)
+                e = load(mass, across + k) * _larger(kept, zeros)
+                e = e + load(mass, below_it + k) * load(share_up, to_up + k)
+                e = e + load(mass, right + k) * load(share_left, to_left + k)
+                store(mass, own + k, where(e > least, e, zeros))
+            store(mass, current + end, zeros)
             if last[d] == height - 1:
                 e = mass[current + end - one] + below[column + d - height + 2]
-                mass[current + end - one] = e if e > LEAST_MASS else np.float32(0.0)
+                mass[current + end - one] = e if e > LEAST_MASS else ZERO
             if first[d] == 0:
                 e, up, left = mass[current], share_up[slot[d]], share_left[slot[d]]
                 above[column + d + 1] += e * up
-                above[column + d] += e * max(np.float32(1.0) - up - left, np.float32(0.0))
+                above[column + d] += e * max(ONE - up - left, ZERO)
             second, after = after, current
-        _unskew(mass, bases, rows, strip, start, stop, cells)
+        _turn(cells, bases, strip, start, stop, mass, True)
         for k in range(width):
             newest, older = mass[after + k], mass[second + k]
             mass[spare + k], mass[spare + width + k] = newest, older
@@ -344,7 +329,8 @@ def _solve_sample(
     cost: Array, n: int, m: int, band: int, most: int, gamma: float, shares: Array, cells: Array
 ) -> tuple[float, bool]:
     """Value of one sample, and whether a cost did not fit; writes the packed alignment if there is room for it."""
-    rows, diagonals, wanted = _plan_rows(n, m, band), _plan_diagonals(n, m, band), len(cells) > 0
+    rows, wanted = _plan_rows(n, m, band), len(cells) > 0
+    diagonals = _plan_diagonals(m, rows)
     num_strips, store_all = (n + HEIGHT - 1) // HEIGHT, _count_slots(rows)[0] <= most
     half = len(shares) // 2
     share_up, share_left = shares[:half], shares[half:]
@@ -365,11 +351,11 @@ def _solve_sample(
             slots[s + 1] = strip[5][-1]
     mantissa, exponent = mantissas[num_strips, m], exponents[num_strips, m]
     if exponent < UNREACHED:
-        cells[:] = np.float32(0.0)
+        cells[:] = ZERO
         return np.inf, misfit
     if wanted and not misfit:
         masses = np.zeros((num_strips + 1, m + 2), np.float32)
-        masses[num_strips, m] = np.float32(1.0)
+        masses[num_strips, m] = ONE
         for s in range(num_strips - 1, -1, -1):
             strip = _plan_strip(s * HEIGHT, rows, diagonals, slots[s], wanted)
             if not store_all and s < num_strips - 1:
@@ -430,16 +416,15 @@ def pack_sample(alignment: Array, n: int, m: int, band: int, cells: Array) -> No
 def _spread_sample(cells: Array, n: int, m: int, band: int, factor: np.float32, out: Array) -> None:
     """One sample of `spread`."""
     first, last, slot = _plan_rows(n, m, band)
-    zero = np.float32(0.0)
     for i in range(n):
         row, inside = out[i], cells[slot[i] + first[i] : slot[i] + last[i] + 1]
-        row[: first[i]] = zero
-        row[last[i] + 1 :] = zero
+        row[: first[i]] = ZERO
+        row[last[i] + 1 :] = ZERO
         target = row[first[i] : last[i] + 1]
         for k in range(len(inside)):
             cell = inside[k]
-            target[k] = zero if cell == zero else cell * factor
-    out[n:] = zero
+            target[k] = ZERO if cell == ZERO else cell * factor
+    out[n:] = ZERO
 
 
 @compiled()
@@ -459,6 +444,6 @@ def spread(
         if starts[b + 1] > starts[b]:
             _spread_sample(cells[starts[b] : starts[b + 1]], lengths_n[b], lengths_m[b], band, factors[b], out[b])
         else:
-            out[b] = np.float32(0.0)
+            out[b] = ZERO
         finish(turns)
         b = next_turn(turns)
