@@ -6,6 +6,7 @@ for each admissible cell of the largest sample; of one that would need more than
 and a fortieth of the cost.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache, partial
 from types import ModuleType
@@ -22,6 +23,9 @@ CELLS_A_THREAD = 80_000
 """A thread more is woken for as many admissible cells, 0.15 ms of work: to wake it and to share caches costs that."""
 ENTRIES_A_THREAD = 2**19
 """The same where entries are only written: 0.15 ms."""
+LARGE = 2**20
+"""Entries from which on numpy asks Linux for pages of 2 MiB, which torch does not: to get a banded gradient's memory in
+those of 4 KiB takes as long as to compute it."""
 KEPT_SLOTS = 2**21
 """A sample of more cells, some 1,400 x 1,400, is computed strip by strip and twice forward, in little memory."""
 
@@ -51,21 +55,21 @@ def align(
     """
     if cost.dtype != torch.float32 or cost.device.type != "cpu":
         return anti_diagonal.align(cost, lengths_n, lengths_m, gamma=gamma, band=band, with_alignment=with_alignment)
-    kernels = _kernels()
+    kernels, num_samples = _kernels(), cost.shape[0]
     # Copies: the backward pass reads them again, and the caller may have changed his by then.
     sizes = lengths_n.numpy().copy(), lengths_m.numpy().copy(), band or 0
-    starts = np.empty(len(cost) + 1, np.int64)
+    starts = np.empty(num_samples + 1, np.int64)
     num_slots = kernels.plan_batch(*sizes, KEPT_SLOTS, starts)
     num_cells = int(starts[-1])
-    cells, found = _floats(num_cells if with_alignment else 0), _floats(len(cost))
-    num_threads = _num_threads(len(cost), num_cells // CELLS_A_THREAD)
+    cells, found = _floats(num_cells if with_alignment else 0), _floats(num_samples)
+    num_threads = _num_threads(num_samples, num_cells // CELLS_A_THREAD)
     shares = _floats(num_threads, 2 * num_slots).numpy()
-    values, misfits, given, packed = found.numpy(), np.empty(len(cost), bool), cost.contiguous().numpy(), cells.numpy()
+    values, misfits, given, packed = found.numpy(), np.empty(num_samples, bool), cost.contiguous().numpy(), cells.numpy()
 
     def solve(turns: np.ndarray, thread: int) -> None:
         kernels.solve(given, *sizes, KEPT_SLOTS, gamma, starts, turns, shares[thread], values, misfits, packed)
 
-    _take_turns(solve, len(cost), num_threads)
+    _take_turns(solve, num_samples, num_threads)
     for sample in misfits.nonzero()[0]:
         one = slice(sample, sample + 1)
         value, alignment = anti_diagonal.align(
@@ -99,7 +103,7 @@ def _spread(cells: Tensor, factors: Tensor, *, sizes: Sizes, starts: np.ndarray,
     def spread(turns: np.ndarray, _thread: int) -> None:
         kernels.spread(packed, *sizes, factor, starts, turns, laid_out)
 
-    _take_turns(spread, len(out), _num_threads(len(out), out.numel() // ENTRIES_A_THREAD))
+    _take_turns(spread, out.shape[0], _num_threads(out.shape[0], out.numel() // ENTRIES_A_THREAD))
     return out
 
 
@@ -116,5 +120,7 @@ def _num_threads(num_samples: int, num_shares: int) -> int:
 
 
 def _floats(*shape: int) -> Tensor:
-    """Memory for the loops, which look at no dtype; torch's default one may be another."""
+    """Memory for the loops, float32 whatever torch's default dtype is."""
+    if math.prod(shape) >= LARGE:
+        return torch.from_numpy(np.empty(shape, np.float32))
     return torch.empty(*shape, dtype=torch.float32, device="cpu")
