@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 import kdkit
 from kdkit.config import DistillConfig
+from kdkit.loading import backbone
 
 PACKAGE = Path(kdkit.__file__).parent
 ON_THE_HOST = ("softdtw/api.py checked_lengths", "softdtw/band.py diagonal_path")
@@ -106,15 +107,19 @@ def reads_of(config: DistillConfig, folder: Path) -> Counter[str]:
 
 
 class TestTrainingStep:
-    def test_the_host_looks_once_a_step_and_transformers_once_a_pass(self, pair, tmp_path) -> None:
+    @pytest.mark.parametrize("packed", [True, False])
+    def test_the_host_looks_once_a_step_and_transformers_once_a_pass(self, pair, tmp_path, packed, monkeypatch) -> None:
+        if not packed:
+            monkeypatch.setattr(backbone, "MOST_TOKENS", 0.0)
         num_steps, accumulation = 3, 2
         config = tiny_config(pair, objective=ALL_TERMS, accumulation=accumulation, max_steps=num_steps)
         found = reads_of(config, tmp_path)
         for place in ON_THE_HOST:
             found.pop(place)
+        # Whether several texts stand in one row; a step has a pass of the teacher and one of the student.
+        of_transformers = found.pop("loading/backbone.py via transformers' find_packed_sequence_indices", 0)
+        assert of_transformers == (0 if packed else 2 * accumulation * num_steps)
         assert found == {
             "training/trainer.py _get_grad_norm": num_steps,
             "training/trainer.py _check_losses": num_steps,  # right after: there is nothing left to wait for
-            # Whether several texts stand in one row; a step has a pass of the teacher and one of the student.
-            "loading/backbone.py via transformers' find_packed_sequence_indices": 2 * accumulation * num_steps,
         }

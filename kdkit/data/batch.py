@@ -38,6 +38,8 @@ class Batch(TypedDict):
     """(B, T), right-padded."""
     attention_mask: torch.Tensor
     """(B, T), 1 on tokens."""
+    tokens: torch.Tensor
+    """(L,) ascending flat indices b * T + t of all tokens."""
     labels: torch.Tensor
     """(B, T), at the token itself; -100 = not counted."""
     positions: torch.Tensor
@@ -124,6 +126,7 @@ class DistillCollator:
         arrays = {
             "input_ids": input_ids,
             "attention_mask": is_token.astype(np.int64),
+            "tokens": np.flatnonzero(is_token),
             "labels": np.where(is_counted, input_ids, NOT_COUNTED),
             "positions": np.flatnonzero(is_counted) - 1,
             "is_gold": is_gold,

@@ -226,7 +226,7 @@ def _label_logprobs(model: PreTrainedModel, batch: Mapping[str, Tensor], *, dens
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (B, T, V)
         result = logits_pass(logits.flatten(0, 1)[positions], None, [term], extras=(_LABEL_LOGPROBS,))
     else:
-        hidden = backbone_hidden(model, ids, mask).flatten(0, 1)[positions]  # (N, H)
+        hidden = backbone_hidden(model, ids, mask, tokens=batch["tokens"]).flatten(0, 1)[positions]  # (N, H)
         result = head_pass(hidden, head_of(model), None, [term], extras=(_LABEL_LOGPROBS,))
     return result.extras[_LABEL_LOGPROBS]
 

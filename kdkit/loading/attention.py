@@ -1,11 +1,15 @@
-"""Attention on cards that have no flash kernel, for models whose heads share keys and values.
+"""torch's attention as kdkit's models use it: over rows packed into one, and on cards without a flash kernel.
 
-Without a mask, transformers hands torch the shared keys as they are. Of torch's kernels the flash one alone reads them
-so, and it wants half precision and capability 8.0; on a T4 or a P100, and in float32 anywhere, torch goes over to the
-one that writes down all (B, heads, T, T) scores, in float32, without a word (transformers #48633). Laid out for every
-head, the same keys go through the memory-efficient kernel.
+Of packed rows only the attention knows where one ends. It lays them out with padding, which no token looks at, and
+packs what it found: all else of a pass, which is most of it, works on tokens alone.
+
+Where heads share keys and values and there is no mask, transformers hands torch the shared keys as they are. Of torch's
+kernels the flash one alone reads them so, and it wants half precision and capability 8.0; on a T4 or a P100, and in
+float32 anywhere, torch goes over to the one that writes down all (B, heads, T, T) scores, in float32, without a word
+(transformers #48633). Laid out for every head, the same keys go through the memory-efficient kernel.
 """
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -16,8 +20,27 @@ from transformers.masking_utils import sdpa_mask
 
 from kdkit.runtime import FLASH_CAPABILITY
 
-NAME = "sdpa_ungrouped"
-"""Under which transformers knows it."""
+NAME, PACKS = "sdpa_ungrouped", "sdpa_packed"
+"""Under which transformers knows it; the latter in a model that was seen to find the same for packed rows."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRows:
+    """B rows of T places, of which L hold a token, and how to do without the others."""
+
+    tokens: Tensor
+    """(L,) ascending flat indices b * T + t of the tokens; each row's stand at its begin."""
+    num_rows: int
+    width: int
+
+    def packed(self, laid_out: Tensor) -> Tensor:
+        """(B, T, ...) -> (1, L, ...)"""
+        return laid_out.flatten(0, 1).index_select(0, self.tokens)[None]
+
+    def laid_out(self, packed: Tensor) -> Tensor:
+        """(1, L, ...) -> (B, T, ...), 0 where there is no token."""
+        places = packed.new_zeros(self.num_rows * self.width, *packed.shape[2:])
+        return places.index_copy(0, self.tokens, packed[0]).unflatten(0, (self.num_rows, self.width))
 
 
 def spread_shared_keys(model: PreTrainedModel) -> None:
@@ -26,15 +49,26 @@ def spread_shared_keys(model: PreTrainedModel) -> None:
     Args:
         model: on its device; others than torch's attention are left as they are.
     """
-    if model.config._attn_implementation != "sdpa":
-        return
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation == "sdpa":
+        use(model, NAME)
+
+
+def use(model: PreTrainedModel, name: str) -> None:
+    """Have a model use an attention of transformers' or one of `NAME` and `PACKS`."""
+    if name in (NAME, PACKS):
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, sdpa_mask)
+    model.set_attn_implementation(name)
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: object
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packed_rows: PackedRows | None = None,
+    **options: object,
 ) -> tuple[Tensor, None]:
     """torch's attention, as transformers calls it.
 
@@ -44,10 +78,15 @@ def attend(
         key: (B, kv_heads, S, D)
         value: (B, kv_heads, S, D)
         attention_mask: None where it is causal and nothing is padded.
+        packed_rows: where the one row holds several; there is then no mask.
         **options: dropout, scaling and the like.
     Returns:
         (B, T, heads, D), and no attention map.
     """
+    if packed_rows is not None:
+        query, key, value = (packed_rows.laid_out(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
+        seen, _ = attend(module, query, key, value, None, None, **options)
+        return packed_rows.packed(seen), None
     groups = query.shape[1] // key.shape[1]
     if attention_mask is not None or groups == 1 or has_flash(query):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)

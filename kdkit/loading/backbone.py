@@ -2,12 +2,17 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from kdkit.errors import UserError
+from kdkit.loading.attention import PACKS, PackedRows
 from kdkit.teacher.signal import NO_VIEWS, Views
+
+MOST_TOKENS = 0.9
+"""Of all places, for a pass to leave padding out: to lay rows out for the attention costs a tenth of a pass."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +41,12 @@ class ModelShape:
 
 
 def backbone_states(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, *, views: Views = NO_VIEWS
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    views: Views = NO_VIEWS,
+    tokens: Tensor | None = None,
 ) -> States:
     """The states of a pass, with gradient where it is enabled.
 
@@ -46,15 +56,54 @@ def backbone_states(
         attention_mask: (B, T), 1 for a token and 0 for padding on the right; None when nothing is padded, or where
             nobody reads the states of padding: a causal model's tokens never look there.
         views: what is asked for besides the last states.
+        tokens: (L,) ascending flat indices b * T + t of the tokens. Where they are given, the model allows it
+            (`kdkit.loading.heads.prove_packing`) and enough is padding, the pass leaves padding out, and the states
+            of padding are 0. Not where hooks count on (B, T).
     Returns:
         `States` in the model's compute dtype.
     Raises:
         UserError: attention maps are asked for and the model gives none.
     """
+    if tokens is not None and len(tokens) <= MOST_TOKENS * input_ids.numel() and _packs(model, input_ids.shape[1]):
+        return packed_states(model, input_ids, PackedRows(tokens, *input_ids.shape), views=views)
     output = model.base_model(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **output_flags(views)
     )
     return States(output.last_hidden_state, *inside_of(output, model, views))
+
+
+def packed_states(model: PreTrainedModel, input_ids: Tensor, rows: PackedRows, *, views: Views) -> States:
+    """The states of a pass over tokens alone, as if there were padding.
+
+    Args:
+        model: one that takes packed rows.
+        input_ids: (B, T) on the model's device.
+        rows: which of them are tokens.
+        views: what is asked for besides the last states.
+    Returns:
+        `States`, 0 where there is padding.
+    """
+    output = model.base_model(
+        input_ids=rows.packed(input_ids),
+        position_ids=(rows.tokens % rows.width)[None],
+        # In four dimensions transformers takes it for what the attention wants; `attend` looks at the rows instead.
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device),
+        packed_rows=rows,
+        use_cache=False,
+        **output_flags(views),
+    )
+    layers, attentions = inside_of(output, model, views)
+    return States(
+        rows.laid_out(output.last_hidden_state),
+        None if layers is None else tuple(rows.laid_out(layer) for layer in layers),
+        attentions,
+    )
+
+
+def _packs(model: PreTrainedModel, width: int) -> bool:
+    """Whether rows of so many places can be packed: attention that looks back less far would need its own mask."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    return model.config._attn_implementation == PACKS and (window is None or width <= window)
 
 
 def output_flags(views: Views) -> dict[str, bool]:
@@ -80,14 +129,17 @@ def inside_of(
     return output.hidden_states if views.layers else None, output.attentions if views.attentions else None
 
 
-def backbone_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+def backbone_hidden(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, *, tokens: Tensor | None = None
+) -> Tensor:
     """Final hidden states as the head sees them, after the last norm.
 
     Args:
         model: a causal language model.
         input_ids: (B, T) on the model's device.
         attention_mask: (B, T), 1 for a token and 0 for padding on the right; None when nothing is padded.
+        tokens: as in `backbone_states`.
     Returns:
         (B, T, H) in the model's compute dtype, with gradient where it is enabled.
     """
-    return backbone_states(model, input_ids, attention_mask).last
+    return backbone_states(model, input_ids, attention_mask, tokens=tokens).last

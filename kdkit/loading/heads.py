@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import Parameter, signature
 from typing import Literal
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kdkit.errors import UserError
-from kdkit.loading.backbone import ModelShape, backbone_hidden
+from kdkit.loading.attention import NAME, PACKS, PackedRows, use
+from kdkit.loading.backbone import ModelShape, backbone_hidden, packed_states
 from kdkit.loading.lora import has_lora
-from kdkit.teacher.signal import Head
+from kdkit.teacher.signal import NO_VIEWS, Head
 
 
 class LogitsOverflow(UserError):
@@ -138,6 +140,32 @@ def check_causal(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
+def prove_packing(model: PreTrainedModel) -> bool:
+    """Let a model take packed rows (`kdkit.loading.backbone`) if it finds the same for them on a probe.
+
+    Args:
+        model: on its device; changed if it may.
+    Returns:
+        Whether it may: its attention is torch's, and nothing but the attention lets tokens see each other.
+    """
+    attention = model.config._attn_implementation
+    if attention not in ("sdpa", NAME) or not _hands_rows_to_attention(model):
+        return False
+    use(model, PACKS)
+    with _evaluation_mode(model):
+        input_ids, mask = _probe_batch(model)
+        input_ids, mask = input_ids.flip(0), mask.flip(0)  # the row that another one follows is the shorter one
+        expected = backbone_hidden(model, input_ids, mask)
+        rows = PackedRows(mask.flatten().nonzero()[:, 0], *mask.shape)
+        found = packed_states(model, input_ids, rows, views=NO_VIEWS).last
+    gap = (found - expected)[mask.bool()].abs().max()
+    allowed = bool(gap <= _TOLERANCE[model.dtype] * expected.abs().max())
+    if not allowed:
+        use(model, attention)
+    return allowed
+
+
+@torch.no_grad()
 def check_finite_logits(model: PreTrainedModel, batch: Mapping[str, object]) -> None:
     """Refuse a teacher whose logits on real rows are not finite numbers.
 
@@ -223,6 +251,19 @@ def _head_obstacle(model: PreTrainedModel) -> str | None:
     if model.base_model is model:
         return "its backbone cannot be called apart from its head"
     return None
+
+
+def _hands_rows_to_attention(model: PreTrainedModel) -> bool:
+    """Whether a model takes positions, hands what it does not know down to its attention, and has no other layers."""
+    layers = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    takes = signature(model.base_model.forward).parameters
+    return (
+        model._supports_attention_backend
+        and model.base_model is not model
+        and {"full_attention", "sliding_attention"}.issuperset(layers)
+        and "position_ids" in takes
+        and any(parameter.kind is Parameter.VAR_KEYWORD for parameter in takes.values())
+    )
 
 
 def _factor(config: PreTrainedConfig) -> float:

@@ -182,7 +182,7 @@ def _sizes_of(source: nn.Module) -> tuple[int, int, nn.Parameter | None]:
     return rows, columns, source.bias
 
 
-QUANTISED = {"nf4": FourBitLinear, "int8": EightBitLinear}
+QUANTIZED = {"nf4": FourBitLinear, "int8": EightBitLinear}
 """What stands for a linear layer, by the config's name of the quantization."""
 
 
@@ -193,12 +193,12 @@ def quantize(model: PreTrainedModel, quantization: str) -> None:
 
     Args:
         model: on fake tensors, in its compute dtype.
-        quantization: a name of `QUANTISED`.
+        quantization: a name of `QUANTIZED`.
     """
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if type(module) in (nn.Linear, Conv1D) and module is not head:
-            model.set_submodule(name, QUANTISED[quantization](module))
+            model.set_submodule(name, QUANTIZED[quantization](module))
 
 
 class KernelAdamW(torch.optim.Optimizer):

@@ -64,7 +64,12 @@ def align(
     cells, found = _floats(num_cells if with_alignment else 0), _floats(num_samples)
     num_threads = _num_threads(num_samples, num_cells // CELLS_A_THREAD)
     shares = _floats(num_threads, 2 * num_slots).numpy()
-    values, misfits, given, packed = found.numpy(), np.empty(num_samples, bool), cost.contiguous().numpy(), cells.numpy()
+    values, misfits, given, packed = (
+        found.numpy(),
+        np.empty(num_samples, bool),
+        cost.contiguous().numpy(),
+        cells.numpy(),
+    )
 
     def solve(turns: np.ndarray, thread: int) -> None:
         kernels.solve(given, *sizes, KEPT_SLOTS, gamma, starts, turns, shares[thread], values, misfits, packed)

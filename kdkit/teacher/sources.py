@@ -126,7 +126,9 @@ class LiveTeacher:
         device = self.model.device
         tokens = read["input_ids"].to(device)
         if not self.dense:
-            return backbone_states(self.model, tokens, None, views=views), None
+            # What the routing term knows of experts is read by hooks, place by place.
+            packable = None if views.experts is not None else read["tokens"].to(device)
+            return backbone_states(self.model, tokens, None, views=views, tokens=packable), None
         flags = output_flags(views) | {"output_hidden_states": True}
         output = self.model(input_ids=tokens, use_cache=False, **flags)
         logits = output.logits.flatten(0, 1).index_select(0, read["positions"].to(device))

@@ -93,7 +93,7 @@ class DistillModel(nn.Module):
 
     def _see(self, batch: Batch, views: Views) -> StudentPass:
         """The student's hidden states, and its head beside them."""
-        states = backbone_states(self.student, batch["input_ids"], None, views=views)
+        states = backbone_states(self.student, batch["input_ids"], None, views=views, tokens=batch["tokens"])
         head = head_of(self.student, vocab_size=self.vocab_size)
         return StudentPass(states.last, head=head, layers=states.layers, attentions=states.attentions)
 
