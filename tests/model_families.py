@@ -31,6 +31,8 @@ FAMILIES = {
     "Granite": GROUPED | {"logits_scaling": 8.0},
     "HyperCLOVAX": GROUPED | {"logits_scaling": 3.0},
     "Mixtral": GROUPED | {"num_local_experts": 4},
+    "Qwen2Moe": GROUPED
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
     "Qwen3Moe": GROUPED | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
 }
 

@@ -120,9 +120,18 @@ class TestPackedPass:
 
 
 class TestProvePacking:
-    @pytest.mark.parametrize("name", ["eager", "convolution"])
-    def test_what_it_cannot_serve_stays_as_it_was(self, name):
-        model = tiny("Gemma2") if name == "eager" else tiny("Lfm2", layer_types=["full_attention", "conv"])
+    @pytest.mark.parametrize(
+        ("family", "changes"),
+        [("Gemma2", {}), ("Lfm2", {"layer_types": ["full_attention", "conv"]}), ("Doge", {}), ("Bloom", {})],
+        ids=[
+            "eager attention",
+            "convolutions",
+            "attention that leaves tokens out of long texts",
+            "attention of its own",
+        ],
+    )
+    def test_what_it_cannot_serve_stays_as_it_was(self, family, changes):
+        model = tiny(family, **changes)
         before = model.config._attn_implementation
         assert not prove_packing(model)
         assert model.config._attn_implementation == before

@@ -103,7 +103,7 @@ def packed_states(model: PreTrainedModel, input_ids: Tensor, rows: PackedRows, *
 def _packs(model: PreTrainedModel, width: int) -> bool:
     """Whether rows of so many places can be packed: attention that looks back less far would need its own mask."""
     window = getattr(model.config.get_text_config(), "sliding_window", None)
-    return model.config._attn_implementation == PACKS and (window is None or width <= window)
+    return model.config._attn_implementation == PACKS and (not window or width <= window)
 
 
 def output_flags(views: Views) -> dict[str, bool]:

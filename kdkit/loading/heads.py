@@ -41,6 +41,14 @@ SOFTCAPS = (
     "output_logit_soft_cap",  # xLSTM
 )
 
+# Attributes of configs whose attention leaves tokens out in long texts alone, where no probe of a few tokens looks.
+SPARSE = (
+    "attention_chunk_size",  # Llama 4
+    "index_topk",  # DeepSeek V3.2
+    "index_topk_blocks",  # MiniMax M3
+    "keep_window_size",  # Doge
+)
+
 # Largest difference by rounding between two ways to the same logits, as a fraction of the largest logit.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 # Probed logits are brought to this size, at which a forgotten softcap or factor cannot hide in rounding.
@@ -255,11 +263,12 @@ def _head_obstacle(model: PreTrainedModel) -> str | None:
 
 def _hands_rows_to_attention(model: PreTrainedModel) -> bool:
     """Whether a model takes positions, hands what it does not know down to its attention, and has no other layers."""
-    layers = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    takes = signature(model.base_model.forward).parameters
+    config, takes = model.config.get_text_config(), signature(model.base_model.forward).parameters
+    layers = getattr(config, "layer_types", None) or ()
     return (
         model._supports_attention_backend
         and model.base_model is not model
+        and not any(getattr(config, name, None) for name in SPARSE)
         and {"full_attention", "sliding_attention"}.issuperset(layers)
         and "position_ids" in takes
         and any(parameter.kind is Parameter.VAR_KEYWORD for parameter in takes.values())
