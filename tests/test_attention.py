@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from kdkit.loading import attention
-from kdkit.loading.attention import NAME, spread_shared_keys
+from kdkit.loading.attention import UNGROUPED, spread_shared_keys
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ class TestSpreadSharedKeys:
         model = model_with(num_kv_heads)
         spread = copy.deepcopy(model)
         spread_shared_keys(spread)
-        assert spread.config._attn_implementation == NAME
+        assert spread.config._attn_implementation == UNGROUPED
         ids = torch.arange(24).reshape(2, 12)
         for one in (model, spread):
             one(input_ids=ids).logits.square().sum().backward()

@@ -109,8 +109,8 @@ def reads_of(config: DistillConfig, folder: Path) -> Counter[str]:
 class TestTrainingStep:
     @pytest.mark.parametrize("packed", [True, False])
     def test_the_host_looks_once_a_step_and_transformers_once_a_pass(self, pair, tmp_path, packed, monkeypatch) -> None:
-        if not packed:
-            monkeypatch.setattr(backbone, "MOST_TOKENS", 0.0)
+        for name in ("MOST_TOKENS", "MOST_WITH_LAYERS"):
+            monkeypatch.setattr(backbone, name, float(packed))
         num_steps, accumulation = 3, 2
         config = tiny_config(pair, objective=ALL_TERMS, accumulation=accumulation, max_steps=num_steps)
         found = reads_of(config, tmp_path)

@@ -299,7 +299,7 @@ class TestLanes:
         def copied(source: np.ndarray, target: np.ndarray) -> None:
             it.store(target, np.uint64(0), it.load(source, np.uint64(0)))
 
-        for source, target in (("float64", "float64"), ("float32", "int32")):
+        for source, target in (("float64", "float64"), ("bool", "bool"), ("float32", "int32")):
             with pytest.raises(TypingError, match=r"allowed: float32|cannot be stored"):
                 copied(np.zeros(8, source), np.zeros(8, target))
 

@@ -20,8 +20,8 @@ from transformers.masking_utils import sdpa_mask
 
 from kdkit.runtime import FLASH_CAPABILITY
 
-NAME, PACKS = "sdpa_ungrouped", "sdpa_packed"
-"""Under which transformers knows it; the latter in a model that was seen to find the same for packed rows."""
+UNGROUPED, PACKED = "sdpa_ungrouped", "sdpa_packed"
+"""`attend` as transformers knows it: in any model, and in one that was seen to find the same for packed rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +50,12 @@ def spread_shared_keys(model: PreTrainedModel) -> None:
         model: on its device; others than torch's attention are left as they are.
     """
     if model.config._attn_implementation == "sdpa":
-        use(model, NAME)
+        use(model, UNGROUPED)
 
 
 def use(model: PreTrainedModel, name: str) -> None:
-    """Have a model use an attention of transformers' or one of `NAME` and `PACKS`."""
-    if name in (NAME, PACKS):
+    """Have a model use an attention of transformers' or one of `UNGROUPED` and `PACKED`."""
+    if name in (UNGROUPED, PACKED):
         AttentionInterface.register(name, attend)
         AttentionMaskInterface.register(name, sdpa_mask)
     model.set_attn_implementation(name)
@@ -74,11 +74,11 @@ def attend(
 
     Args:
         module: the attention layer.
-        query: (B, heads, T, D)
+        query: (B, heads, T, D); of packed rows (1, heads, L, D), and likewise below.
         key: (B, kv_heads, S, D)
         value: (B, kv_heads, S, D)
-        attention_mask: None where it is causal and nothing is padded.
-        packed_rows: where the one row holds several; there is then no mask.
+        attention_mask: None where it is causal and nothing is padded; not looked at where rows are packed.
+        packed_rows: where the one row holds several.
         **options: dropout, scaling and the like.
     Returns:
         (B, T, heads, D), and no attention map.

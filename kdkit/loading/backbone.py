@@ -8,11 +8,13 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from kdkit.errors import UserError
-from kdkit.loading.attention import PACKS, PackedRows
+from kdkit.loading.attention import PACKED, UNGROUPED, PackedRows
 from kdkit.teacher.signal import NO_VIEWS, Views
 
-MOST_TOKENS = 0.9
-"""Of all places, for a pass to leave padding out: to lay rows out for the attention costs a tenth of a pass."""
+MOST_TOKENS, MOST_WITH_LAYERS = 0.8, 0.75
+"""Of all places, for a pass to leave padding out; the latter where all layers are asked for. With more it would still
+be faster, up to 0.92, and need more memory than with padding, which is what is planned for: the attention's inputs are
+kept laid out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,14 +59,15 @@ def backbone_states(
             nobody reads the states of padding: a causal model's tokens never look there.
         views: what is asked for besides the last states.
         tokens: (L,) ascending flat indices b * T + t of the tokens. Where they are given, the model allows it
-            (`kdkit.loading.heads.prove_packing`) and enough is padding, the pass leaves padding out, and the states
+            (`kdkit.loading.heads.allow_packing`) and enough is padding, the pass leaves padding out, and the states
             of padding are 0. Not where hooks count on (B, T).
     Returns:
         `States` in the model's compute dtype.
     Raises:
         UserError: attention maps are asked for and the model gives none.
     """
-    if tokens is not None and len(tokens) <= MOST_TOKENS * input_ids.numel() and _packs(model, input_ids.shape[1]):
+    most = MOST_WITH_LAYERS if views.layers else MOST_TOKENS
+    if tokens is not None and len(tokens) <= most * input_ids.numel() and _packs(model, input_ids.shape[1]):
         return packed_states(model, input_ids, PackedRows(tokens, *input_ids.shape), views=views)
     output = model.base_model(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **output_flags(views)
@@ -86,24 +89,24 @@ def packed_states(model: PreTrainedModel, input_ids: Tensor, rows: PackedRows, *
     output = model.base_model(
         input_ids=rows.packed(input_ids),
         position_ids=(rows.tokens % rows.width)[None],
-        # In four dimensions transformers takes it for what the attention wants; `attend` looks at the rows instead.
+        # In four dimensions transformers takes it for what the attention wants. `attend` looks at the rows instead; a
+        # model that did not hand them down would let all tokens see all, which `allow_packing` finds out.
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device),
         packed_rows=rows,
         use_cache=False,
         **output_flags(views),
     )
-    layers, attentions = inside_of(output, model, views)
+    layers, _ = inside_of(output, model, views)
     return States(
         rows.laid_out(output.last_hidden_state),
         None if layers is None else tuple(rows.laid_out(layer) for layer in layers),
-        attentions,
     )
 
 
 def _packs(model: PreTrainedModel, width: int) -> bool:
     """Whether rows of so many places can be packed: attention that looks back less far would need its own mask."""
     window = getattr(model.config.get_text_config(), "sliding_window", None)
-    return model.config._attn_implementation == PACKS and (not window or width <= window)
+    return model.config._attn_implementation == PACKED and (not window or width <= window)
 
 
 def output_flags(views: Views) -> dict[str, bool]:
@@ -121,10 +124,11 @@ def inside_of(
         UserError: as `backbone_states`.
     """
     if views.attentions and not output.attentions:
+        own = model.config._attn_implementation
         raise UserError(
             f"{model.config.name_or_path or type(model).__name__} returns no attention maps under its attention "
-            f"implementation {model.config._attn_implementation}, and the term attention compares them: set "
-            "teacher.attention=eager and student.attention=eager, or objective.attention.weight=0"
+            f"implementation {'sdpa' if own in (UNGROUPED, PACKED) else own}, and the term attention compares them: "
+            "set teacher.attention=eager and student.attention=eager, or objective.attention.weight=0"
         )
     return output.hidden_states if views.layers else None, output.attentions if views.attentions else None
 

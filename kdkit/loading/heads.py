@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kdkit.errors import UserError
-from kdkit.loading.attention import NAME, PACKS, PackedRows, use
+from kdkit.loading.attention import PACKED, UNGROUPED, PackedRows, use
 from kdkit.loading.backbone import ModelShape, backbone_hidden, packed_states
 from kdkit.loading.lora import has_lora
 from kdkit.teacher.signal import NO_VIEWS, Head
@@ -148,7 +148,7 @@ def check_causal(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def prove_packing(model: PreTrainedModel) -> bool:
+def allow_packing(model: PreTrainedModel) -> bool:
     """Let a model take packed rows (`kdkit.loading.backbone`) if it finds the same for them on a probe.
 
     Args:
@@ -157,19 +157,22 @@ def prove_packing(model: PreTrainedModel) -> bool:
         Whether it may: its attention is torch's, and nothing but the attention lets tokens see each other.
     """
     attention = model.config._attn_implementation
-    if attention not in ("sdpa", NAME) or not _hands_rows_to_attention(model):
+    if attention not in ("sdpa", UNGROUPED) or not _hands_rows_to_attention(model):
         return False
-    use(model, PACKS)
-    with _evaluation_mode(model):
-        input_ids, mask = _probe_batch(model)
-        input_ids, mask = input_ids.flip(0), mask.flip(0)  # the row that another one follows is the shorter one
-        expected = backbone_hidden(model, input_ids, mask)
-        rows = PackedRows(mask.flatten().nonzero()[:, 0], *mask.shape)
-        found = packed_states(model, input_ids, rows, views=NO_VIEWS).last
-    gap = (found - expected)[mask.bool()].abs().max()
-    allowed = bool(gap <= _TOLERANCE[model.dtype] * expected.abs().max())
-    if not allowed:
-        use(model, attention)
+    use(model, PACKED)
+    allowed = False
+    try:
+        with _evaluation_mode(model):
+            input_ids, mask = _probe_batch(model)
+            input_ids, mask = input_ids.flip(0), mask.flip(0)  # the row that another one follows is the shorter one
+            expected = backbone_hidden(model, input_ids, mask)
+            rows = PackedRows(mask.flatten().nonzero()[:, 0], *mask.shape)
+            found = packed_states(model, input_ids, rows, views=NO_VIEWS).last
+        gap = (found - expected)[mask.bool()].abs().max()
+        allowed = bool(gap <= _TOLERANCE[model.dtype] * expected.abs().max())
+    finally:
+        if not allowed:
+            use(model, attention)
     return allowed
 
 
@@ -267,6 +270,7 @@ def _hands_rows_to_attention(model: PreTrainedModel) -> bool:
     layers = getattr(config, "layer_types", None) or ()
     return (
         model._supports_attention_backend
+        and type(model).__module__.startswith("transformers.")  # what others do in long texts nobody has looked at
         and model.base_model is not model
         and not any(getattr(config, name, None) for name in SPARSE)
         and {"full_attention", "sliding_attention"}.issuperset(layers)

@@ -113,7 +113,12 @@ def _pointer(
 
 def _lanes_of(array: types.Type) -> Lanes:
     """What an array of these is made of."""
-    if isinstance(array, types.Array) and array.ndim == 1 and array.layout == "C" and array.dtype in ALL:
+    if (
+        isinstance(array, types.Array)
+        and array.ndim == 1
+        and array.layout == "C"
+        and ALL.get(array.dtype) in (FLOATS, INTEGERS)
+    ):
         return ALL[array.dtype]
     raise TypingError(f"an array is {array}; allowed: float32 or int32 of one dimension, C order")
 

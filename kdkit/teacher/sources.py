@@ -124,13 +124,13 @@ class LiveTeacher:
         Without a mask, as the student's: nothing of a causal model looks at padding on the right.
         """
         device = self.model.device
-        tokens = read["input_ids"].to(device)
+        input_ids = read["input_ids"].to(device)
         if not self.dense:
             # What the routing term knows of experts is read by hooks, place by place.
-            packable = None if views.experts is not None else read["tokens"].to(device)
-            return backbone_states(self.model, tokens, None, views=views, tokens=packable), None
+            tokens = None if views.experts is not None else read["tokens"].to(device)
+            return backbone_states(self.model, input_ids, None, views=views, tokens=tokens), None
         flags = output_flags(views) | {"output_hidden_states": True}
-        output = self.model(input_ids=tokens, use_cache=False, **flags)
+        output = self.model(input_ids=input_ids, use_cache=False, **flags)
         logits = output.logits.flatten(0, 1).index_select(0, read["positions"].to(device))
         return States(output.hidden_states[-1], *inside_of(output, self.model, views)), logits[:, : self.vocab_size]
 
