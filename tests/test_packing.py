@@ -86,7 +86,7 @@ class TestPackedPass:
         allow_packing(model)
         _, _, expected = states_and_gradients(model, tokens=True)
         model.train()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         _, _, found = states_and_gradients(model, tokens=True)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
