@@ -14,6 +14,7 @@ from kdkit.teacher.signal import (
     DenseSignal,
     Head,
     LiveSignal,
+    Room,
     SparseSignal,
     TeacherSignal,
     at_least_float32,
@@ -86,6 +87,24 @@ class TestHead:
     def test_a_softcap_of_zero_is_refused(self, head: Head) -> None:
         with pytest.raises(ValueError, match=r"softcap=0.*above 0, or None"):
             Head(head.weight, softcap=0.0)
+
+
+class TestRoom:
+    @pytest.mark.parametrize("num_threads", [1, 2])
+    @pytest.mark.parametrize("has_bias", [False, True])
+    def test_a_product_in_pieces_is_the_product(self, num_threads: int, has_bias: bool) -> None:
+        draws, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+        hidden, weight = torch.randn(7, 2048, generator=draws), torch.randn(1100, 2048, generator=draws)  # 2 pieces
+        bias = torch.randn(1100, generator=draws) if has_bias else None
+        expected = torch.nn.functional.linear(hidden.double(), weight.double(), bias if bias is None else bias.double())
+        room = Room()
+        room.product(torch.randn(9, 2048, generator=draws), weight, bias)  # what is there before does not matter
+        torch.set_num_threads(num_threads)
+        try:
+            found = room.product(hidden, weight, bias)
+        finally:
+            torch.set_num_threads(before)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-3)
 
 
 def every_signal(logits: Tensor) -> dict[str, TeacherSignal]:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 # Stands for an id that is left out of a sum: log-probabilities never come near it, and unlike −inf it has gradients.
 _LEFT_OUT = -1e30
+PIECE_ENTRIES, LEAST_PIECE = 2**20, 256
+"""Entries of a head's weight in a piece of its product, and its least ids: 4 MiB measured fastest of 1 to 16."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +104,25 @@ class Room:
             self._memory = None  # the old one goes before the new one comes
             self._memory = hidden.new_empty(math.prod(size))
         out = self._memory[: math.prod(size)].view(size)
-        if bias is None:
-            return torch.mm(hidden, weight.T, out=out)
-        return torch.addmm(bias, hidden, weight.T, out=out)
+        for ids in _pieces_of_ids(weight):
+            if bias is None:
+                torch.mm(hidden, weight[ids].T, out=out[:, ids])
+            else:
+                torch.addmm(bias[ids], hidden, weight[ids].T, out=out[:, ids])
+        return out
+
+
+def _pieces_of_ids(weight: Tensor) -> list[slice]:
+    """Rows of a head's weight that a product takes at a time, the fastest way.
+
+    MKL shares few positions by many ids out among its threads by positions: each reads and packs all of the weight for
+    itself. A piece that stays in the cache is read from memory once. One thread is faster with the whole.
+    """
+    num_ids, size = weight.shape
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.get_num_threads() == 1:
+        return [slice(0, num_ids)]
+    step = max(LEAST_PIECE, PIECE_ENTRIES // size)
+    return [slice(start, min(start + step, num_ids)) for start in range(0, num_ids, step)]
 
 
 @dataclass(frozen=True, eq=False)
