@@ -64,6 +64,23 @@ class TestBanner:
         (line,) = [line for line in distill.splitlines() if "soft-DTW" in line]
         assert line == "  soft-DTW: backend {}: {}".format(*fastest_backend(PartialState().device))
 
+    @pytest.mark.parametrize(
+        ("setting", "said"),
+        [
+            ("seed=0", "left out where it is 20% of a batch or more, by student and teacher"),
+            ("teacher.attention=eager", "left out where it is 20% of a batch or more, by student; kept by teacher"),
+            ("student.attention=eager", "left out where it is 20% of a batch or more, by teacher; kept by student"),
+            (
+                "objective={kd: {weight: 0}, dtw: {weight: 0}, lm: {weight: 1}}",
+                "left out where it is 20% of a batch or more, by student",
+            ),
+        ],
+    )
+    def test_it_says_whose_passes_leave_padding_out(self, pair, tmp_path, capsys, setting, said):
+        run_distillation(tiny_config(pair, setting, max_steps=1), tmp_path / "run")
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  padding: ")]
+        assert line == f"  padding: {said}"
+
     @pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the card")
     @pytest.mark.parametrize("units", ["", "AMX"])
     def test_bfloat16_on_a_cpu_that_emulates_it_is_not_silent(self, pair, tmp_path, capsys, monkeypatch, units):

@@ -67,7 +67,7 @@ def backbone_states(
         UserError: attention maps are asked for and the model gives none.
     """
     most = MOST_WITH_LAYERS if views.layers else MOST_TOKENS
-    if tokens is not None and len(tokens) <= most * input_ids.numel() and _packs(model, input_ids.shape[1]):
+    if tokens is not None and len(tokens) <= most * input_ids.numel() and takes_packed_rows(model, input_ids.shape[1]):
         return packed_states(model, input_ids, PackedRows(tokens, *input_ids.shape), views=views)
     output = model.base_model(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **output_flags(views)
@@ -103,8 +103,13 @@ def packed_states(model: PreTrainedModel, input_ids: Tensor, rows: PackedRows, *
     )
 
 
-def _packs(model: PreTrainedModel, width: int) -> bool:
-    """Whether rows of so many places can be packed: attention that looks back less far would need its own mask."""
+def takes_packed_rows(model: PreTrainedModel, width: int) -> bool:
+    """Whether rows of so many places can be packed: attention that looks back less far would need its own mask.
+
+    Args:
+        model: as `load_model` leaves it, which tries it.
+        width: T
+    """
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     return model.config._attn_implementation == PACKED and (not window or width <= window)
 

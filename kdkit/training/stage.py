@@ -17,6 +17,7 @@ from kdkit.data.batch import DistillCollator
 from kdkit.doctor import Planned
 from kdkit.errors import UserError
 from kdkit.loading import describe_model
+from kdkit.loading.backbone import MOST_TOKENS, takes_packed_rows
 from kdkit.losses.blocks import fastest_backend as losses_backend
 from kdkit.runtime import seed_everything
 from kdkit.softdtw import fastest_backend
@@ -170,6 +171,7 @@ def describe_stage(config: DistillConfig, inputs: StageInputs, num_steps: int, r
     lines.append("  losses: backend {}: {}".format(*losses_backend(_device())))
     if config.objective.weights["dtw"].largest > 0:
         lines.append("  soft-DTW: backend {}: {}".format(*fastest_backend(_device())))
+    lines.append(_describe_padding(config, inputs))
     if config.student.lora is not None:
         student = describe_model(inputs.student)
         share = student.num_trainable_parameters / student.num_parameters
@@ -183,6 +185,18 @@ def describe_stage(config: DistillConfig, inputs: StageInputs, num_steps: int, r
     if resumed_from is not None:
         lines.append(f"  resumed from {resumed_from.name}")
     return "\n".join(lines)
+
+
+def _describe_padding(config: DistillConfig, inputs: StageInputs) -> str:
+    """Which models pass over tokens alone where padding is much of a batch."""
+    width, teacher = config.data.max_length, inputs.teacher
+    leaves_out = {"student": not inputs.dense_student and takes_packed_rows(inputs.student, width)}
+    if isinstance(teacher, LiveTeacher):
+        keeps_places = teacher.dense or config.objective.weights["routing"].largest > 0
+        leaves_out["teacher"] = not keeps_places and takes_packed_rows(teacher.model, width)
+    said = {True: f"left out where it is {1 - MOST_TOKENS:.0%} of a batch or more, by", False: "kept by"}
+    sides = {answer: " and ".join(name for name, own in leaves_out.items() if own is answer) for answer in said}
+    return "  padding: " + "; ".join(f"{said[answer]} {names}" for answer, names in sides.items() if names)
 
 
 def _describe_rollout(config: DistillConfig) -> str:
