@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kdkit.softdtw import diagonal_path, expected_alignment, pairwise_cost, soft_dtw_and_alignment
 from kdkit.softdtw.api import checked_lengths
+from kdkit.softdtw.cost import divergence_costs
 from kdkit.softdtw.divergence import combine_terms, stack_problems, zero_padding
 
 
@@ -106,7 +107,8 @@ def pool_units(
     sums = torch.zeros(batch * (max_units + 1), width, dtype=dtype, device=hidden.device)
     sums = sums.index_add(0, slots, hidden.reshape(-1, width).to(dtype))
     counts = sums.new_zeros(len(sums)).index_add_(0, slots, sums.new_ones(len(slots))).clamp_(min=1)
-    units = (sums / counts[:, None]).view(batch, max_units + 1, width)[:, :max_units]
+    shape = batch, max_units + 1
+    units = sums.view(*shape, width)[:, :max_units] / counts.view(*shape, 1)[:, :max_units]
     return units, F.pad(ids + 1, (0, 1)).amax(1) if lengths is None else lengths
 
 
@@ -161,11 +163,9 @@ def alignment_loss(
         _Side(zero_padding(student, n), _mean_one(student_weights, n, student)),
         _Side(zero_padding(teacher, m), _mean_one(teacher_weights, m, teacher)),
     )
-    cross = _weighted_cost(*sides, metric)
-    cost, rows, columns = cross, n, m
-    if divergence:
-        self_costs = [_weighted_cost(side, side, metric) for side in sides]
-        cost, rows, columns = stack_problems([cross, *self_costs], n, m)
+    costs = _weighted_costs(*sides, metric, divergence=divergence)
+    cross = costs[0]
+    cost, rows, columns = stack_problems(costs, n, m) if divergence else (cross, n, m)
     if adaptive_band is not None:
         found = expected_alignment(cost, rows, columns, gamma=gamma, band=band)
         cost = cost + _soft_band(found, rows, columns, adaptive_band)
@@ -204,9 +204,16 @@ def _mean_one(weights: Tensor | None, lengths: Tensor, units: Tensor) -> Tensor 
     return torch.where(total == 0, 1.0, kept * count / total.masked_fill(total == 0, 1.0))
 
 
-def _weighted_cost(x: _Side, y: _Side, metric: str) -> Tensor:
+def _weighted_costs(x: _Side, y: _Side, metric: str, *, divergence: bool) -> list[Tensor]:
+    """Of x and y, and of each with itself for a divergence."""
+    if not divergence:
+        return [_weighted(pairwise_cost(x.units, y.units, metric), x, y)]
+    costs = divergence_costs(x.units, y.units, metric)
+    return [_weighted(cost, *pair) for cost, pair in zip(costs, ((x, y), (x, x), (y, y)), strict=True)]
+
+
+def _weighted(cost: Tensor, x: _Side, y: _Side) -> Tensor:
     """cost_ij (a_i + b_j) / 2, (B, N, M)."""
-    cost = pairwise_cost(x.units, y.units, metric)
     if x.weights is None and y.weights is None:
         return cost
     a = cost.new_ones(cost.shape[:2]) if x.weights is None else x.weights

@@ -1,11 +1,13 @@
 """The soft-DTW divergence: soft-DTW without its bias, least where the two sequences are equal."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kdkit.softdtw.api import Backend, checked_lengths, soft_dtw
-from kdkit.softdtw.cost import pairwise_cost
+from kdkit.softdtw.cost import divergence_costs
 
 
 def soft_dtw_divergence(
@@ -43,8 +45,7 @@ def soft_dtw_divergence(
     lengths_n = checked_lengths(lengths_n, "lengths_n", (x.shape[0], x.shape[1]))
     lengths_m = checked_lengths(lengths_m, "lengths_m", (y.shape[0], y.shape[1]))
     x, y = zero_padding(x, lengths_n), zero_padding(y, lengths_m)
-    costs = [pairwise_cost(*pair, metric) for pair in ((x, y), (x, x), (y, y))]
-    cost, rows, columns = stack_problems(costs, lengths_n, lengths_m)
+    cost, rows, columns = stack_problems(divergence_costs(x, y, metric), lengths_n, lengths_m)
     values = soft_dtw(cost, rows, columns, gamma=gamma, band=band, backend=backend)
     return combine_terms(values)
 
@@ -65,7 +66,7 @@ def zero_padding(x: Tensor, lengths: Tensor) -> Tensor:
     return x.masked_fill(is_padding[:, :, None], 0.0)
 
 
-def stack_problems(costs: list[Tensor], lengths_n: Tensor, lengths_m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def stack_problems(costs: Sequence[Tensor], lengths_n: Tensor, lengths_m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The three problems of a divergence as one ragged batch, for one pass over the grid.
 
     Args:
@@ -77,10 +78,15 @@ def stack_problems(costs: list[Tensor], lengths_n: Tensor, lengths_m: Tensor) ->
         0 for a sample with an empty side.
     """
     side = max(costs[0].shape[1:])
-    padded = [F.pad(c, (0, side - c.shape[2], 0, side - c.shape[1])) for c in costs]
+    padded = [c if c.shape[1:] == (side, side) else _padded(c, side) for c in costs]
     is_empty = torch.minimum(lengths_n, lengths_m) == 0
     n, m = lengths_n.masked_fill(is_empty, 0), lengths_m.masked_fill(is_empty, 0)
     return torch.cat(padded), torch.cat((n, n, m)), torch.cat((m, n, m))
+
+
+def _padded(cost: Tensor, side: int) -> Tensor:
+    """(B, side, side), 0 where there was nothing."""
+    return F.pad(cost, (0, side - cost.shape[2], 0, side - cost.shape[1]))
 
 
 def combine_terms(values: Tensor) -> Tensor:
