@@ -1,6 +1,7 @@
 """What a loss may know of the teacher, in each of its forms."""
 
 import math
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 
 import pytest
@@ -92,19 +93,32 @@ class TestHead:
 class TestRoom:
     @pytest.mark.parametrize("num_threads", [1, 2])
     @pytest.mark.parametrize("has_bias", [False, True])
-    def test_a_product_in_pieces_is_the_product(self, num_threads: int, has_bias: bool) -> None:
+    def test_a_product_in_pieces_is_the_product(
+        self, num_threads: int, has_bias: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        widths: list[int] = []
+        for name in ("mm", "addmm"):
+            product = getattr(torch, name)
+
+            def watched(*args: Tensor, out: Tensor, product: Callable[..., Tensor] = product) -> Tensor:
+                widths.append(out.shape[1])
+                return product(*args, out=out)
+
+            monkeypatch.setattr(torch, name, watched)
         draws, before = torch.Generator().manual_seed(0), torch.get_num_threads()
-        hidden, weight = torch.randn(7, 2048, generator=draws), torch.randn(1100, 2048, generator=draws)  # 2 pieces
+        hidden, weight = torch.randn(7, 2048, generator=draws), torch.randn(1100, 2048, generator=draws)
         bias = torch.randn(1100, generator=draws) if has_bias else None
         expected = torch.nn.functional.linear(hidden.double(), weight.double(), bias if bias is None else bias.double())
         room = Room()
         room.product(torch.randn(9, 2048, generator=draws), weight, bias)  # what is there before does not matter
+        widths.clear()
         torch.set_num_threads(num_threads)
         try:
             found = room.product(hidden, weight, bias)
         finally:
             torch.set_num_threads(before)
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-3)
+        assert widths == ([1100] if num_threads == 1 else [512, 512, 76])
 
 
 def every_signal(logits: Tensor) -> dict[str, TeacherSignal]:

@@ -21,6 +21,7 @@ from kdkit.softdtw import (
     soft_dtw_divergence,
 )
 from kdkit.softdtw.band import band_limits
+from kdkit.softdtw.cost import ZERO_NORM, directions, divergence_costs
 
 NEEDS = {"native": pytest.mark.skipif(not compiled.is_installed(), reason="needs numba")}
 # "cuda" leaves all but float32 on CUDA to "torch": test_softdtw_cuda.py has what is its own.
@@ -461,6 +462,28 @@ class TestPairwiseCost:
         assert x.grad[0, 0].tolist() == [0.0, 0.0, 0.0]
         assert x.grad.isfinite().all()
         assert y.grad[0, 0].tolist() == [0.0, 0.0, 0.0]
+
+    def test_a_vector_too_short_for_a_direction_counts_as_zero(self) -> None:
+        x = torch.tensor([[[0.5 * ZERO_NORM, 0.0], [2.0 * ZERO_NORM, 0.0]]], requires_grad=True)
+        cost = pairwise_cost(x, torch.tensor([[[1.0, 1.0]]]))
+        cost.sum().backward()
+        assert cost[0, 0].item() == 1.0
+        assert cost[0, 1].item() == pytest.approx(1 - math.sqrt(0.5), abs=1e-6)
+        assert x.grad[0, 0].tolist() == [0.0, 0.0]
+
+    def test_a_backward_pass_under_autocast_is_computed_in_float32(self) -> None:
+        x, y = (costs(1, 3, 64, seed=s, dtype=torch.float32).requires_grad_() for s in (1, 2))
+        (expected,) = torch.autograd.grad(directions(x).mul(y).sum(), x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            (found,) = torch.autograd.grad(directions(x).mul(y).sum(), x)
+        assert torch.equal(found, expected)
+
+    @pytest.mark.parametrize("metric", ["cosine", "sqeuclidean"])
+    def test_those_of_a_divergence_are_the_same(self, metric: str) -> None:
+        x, y = costs(2, 3, 4, seed=1) - 1, costs(2, 5, 4, seed=2) - 1
+        expected = [pairwise_cost(*pair, metric) for pair in ((x, y), (x, x), (y, y))]
+        for found, own in zip(divergence_costs(x, y, metric), expected, strict=True):
+            assert torch.equal(found, own)
 
     def test_cosine_ignores_the_scale_of_the_vectors(self) -> None:
         x, y = costs(1, 3, 4, seed=1), costs(1, 2, 4, seed=2)

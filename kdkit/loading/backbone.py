@@ -109,6 +109,8 @@ def takes_packed_rows(model: PreTrainedModel, width: int) -> bool:
     Args:
         model: as `load_model` leaves it, which tries it.
         width: T
+    Returns:
+        Whether `backbone_states` leaves padding out where there is enough of it.
     """
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     return model.config._attn_implementation == PACKED and (not window or width <= window)

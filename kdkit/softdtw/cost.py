@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+P = TypeVar("P")
 
 ZERO_NORM = 1e-8
 """Vectors shorter than this have no direction: their cosine with anything is taken as 0."""
@@ -34,7 +37,7 @@ def pairwise_cost(x: Tensor, y: Tensor, metric: str = "cosine") -> Tensor:
 
 
 def divergence_costs(x: Tensor, y: Tensor, metric: str = "cosine") -> tuple[Tensor, Tensor, Tensor]:
-    """The costs of a divergence's three problems; what they need of a vector is computed once.
+    """The costs of a divergence's three problems; the metric prepares each side once.
 
     Args:
         x: (B, N, D) float; gradient flows.
@@ -60,20 +63,16 @@ def _costs(x: Tensor, y: Tensor, metric: str, *, with_own: bool) -> list[Tensor]
         )
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     with torch.autocast(device_type=x.device.type, enabled=False):
-        prepare, cost = METRICS[metric]
-        a, b = prepare(x.to(dtype)), prepare(y.to(dtype))
-        pairs = ((a, b), (a, a), (b, b)) if with_own else ((a, b),)
-        # Rounding can bring the cost of equal vectors just below 0.
-        return [cost(*pair).clamp(min=0.0) for pair in pairs]
+        return [cost.clamp(min=0.0) for cost in METRICS[metric].costs(x.to(dtype), y.to(dtype), with_own=with_own)]
 
 
 def directions(x: Tensor) -> Tensor:
-    """x / ||x|| along the last dimension; 0, and gradient 0, for a zero vector."""
+    """x / ||x|| along the last dimension; 0 for a zero vector, and gradient 0 where the gradient above is finite."""
     return _Directions.apply(x)
 
 
 class _Directions(Function):
-    """In two passes over the vectors and three back, for which autograd takes ten."""
+    """In two passes over the vectors and four back, half of those that autograd would take."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -87,26 +86,43 @@ class _Directions(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         units, norms = ctx.saved_tensors
-        along = torch.linalg.vecdot(units, grad).unsqueeze(-1)
+        along = (units * grad).sum(-1, keepdim=True)  # no dot product: autocast would take it in half precision
         return torch.addcmul(grad, units, along, value=-1).div_(norms)
 
 
-def _angle(x: Tensor, y: Tensor) -> Tensor:
-    """1 - cos between vectors of length 1, (B, N, M)."""
+def _cosine_cost(x: Tensor, y: Tensor) -> Tensor:
+    """1 - cos from directions, (B, N, M)."""
     return 1.0 - x @ y.mT
 
 
-def _unchanged(x: Tensor) -> Tensor:
-    return x
+def _with_squares(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors (B, N, D) and their squared lengths (B, N)."""
+    return x, x.square().sum(-1)
 
 
-def _squared_distance(x: Tensor, y: Tensor) -> Tensor:
+def _squared_distance(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> Tensor:
     """||x - y||^2, (B, N, M), without the (B, N, M, D) differences."""
-    return x.square().sum(-1)[:, :, None] + y.square().sum(-1)[:, None, :] - 2.0 * (x @ y.mT)  # (B, N, M)
+    return x[1][:, :, None] + y[1][:, None, :] - 2.0 * (x[0] @ y[0].mT)
 
 
-METRICS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "cosine": (directions, _angle),
-    "sqeuclidean": (_unchanged, _squared_distance),
+@dataclass(frozen=True)
+class Metric(Generic[P]):
+    """A cost between vectors, in two steps."""
+
+    prepared: Callable[[Tensor], P]
+    """What it needs of vectors (B, N, D)."""
+    cost: Callable[[P, P], Tensor]
+    """(B, N, M) between what it needs of two of them."""
+
+    def costs(self, x: Tensor, y: Tensor, *, with_own: bool) -> list[Tensor]:
+        """Of x and y, and of each with itself if that is wanted; rounding can bring them just below 0."""
+        a, b = self.prepared(x), self.prepared(y)
+        pairs = ((a, b), (a, a), (b, b)) if with_own else ((a, b),)
+        return [self.cost(*pair) for pair in pairs]
+
+
+METRICS: dict[str, Metric[Tensor] | Metric[tuple[Tensor, Tensor]]] = {
+    "cosine": Metric(directions, _cosine_cost),
+    "sqeuclidean": Metric(_with_squares, _squared_distance),
 }
-"""Every metric of `pairwise_cost` by name: what it takes of vectors (B, N, D), and the costs between what was taken."""
+"""Every metric of `pairwise_cost` by name."""

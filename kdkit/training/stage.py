@@ -17,7 +17,7 @@ from kdkit.data.batch import DistillCollator
 from kdkit.doctor import Planned
 from kdkit.errors import UserError
 from kdkit.loading import describe_model
-from kdkit.loading.backbone import MOST_TOKENS, takes_packed_rows
+from kdkit.loading.backbone import takes_packed_rows
 from kdkit.losses.blocks import fastest_backend as losses_backend
 from kdkit.runtime import seed_everything
 from kdkit.softdtw import fastest_backend
@@ -188,13 +188,13 @@ def describe_stage(config: DistillConfig, inputs: StageInputs, num_steps: int, r
 
 
 def _describe_padding(config: DistillConfig, inputs: StageInputs) -> str:
-    """Which models pass over tokens alone where padding is much of a batch."""
-    width, teacher = config.data.max_length, inputs.teacher
-    leaves_out = {"student": not inputs.dense_student and takes_packed_rows(inputs.student, width)}
+    """Whose passes leave padding out: of rows within the model's window, where a batch has enough of it."""
+    teacher = inputs.teacher
+    leaves_out = {"student": not inputs.dense_student and takes_packed_rows(inputs.student, 1)}
     if isinstance(teacher, LiveTeacher):
         keeps_places = teacher.dense or config.objective.weights["routing"].largest > 0
-        leaves_out["teacher"] = not keeps_places and takes_packed_rows(teacher.model, width)
-    said = {True: f"left out where it is {1 - MOST_TOKENS:.0%} of a batch or more, by", False: "kept by"}
+        leaves_out["teacher"] = not keeps_places and takes_packed_rows(teacher.model, 1)
+    said = {True: "left out where that pays by", False: "kept by"}
     sides = {answer: " and ".join(name for name, own in leaves_out.items() if own is answer) for answer in said}
     return "  padding: " + "; ".join(f"{said[answer]} {names}" for answer, names in sides.items() if names)
 
