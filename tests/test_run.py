@@ -67,12 +67,12 @@ class TestBanner:
     @pytest.mark.parametrize(
         ("setting", "said"),
         [
-            ("seed=0", "left out where that pays by student and teacher"),
-            ("teacher.attention=eager", "left out where that pays by student; kept by teacher"),
-            ("student.attention=eager", "left out where that pays by teacher; kept by student"),
+            ("seed=0", "left out, where that pays, by student and teacher"),
+            ("teacher.attention=eager", "left out, where that pays, by student; kept by teacher"),
+            ("student.attention=eager", "left out, where that pays, by teacher; kept by student"),
             (
                 "objective={kd: {weight: 0}, dtw: {weight: 0}, lm: {weight: 1}}",
-                "left out where that pays by student",
+                "left out, where that pays, by student",
             ),
         ],
     )

@@ -194,7 +194,7 @@ def _describe_padding(config: DistillConfig, inputs: StageInputs) -> str:
     if isinstance(teacher, LiveTeacher):
         keeps_places = teacher.dense or config.objective.weights["routing"].largest > 0
         leaves_out["teacher"] = not keeps_places and takes_packed_rows(teacher.model, 1)
-    said = {True: "left out where that pays by", False: "kept by"}
+    said = {True: "left out, where that pays, by", False: "kept by"}
     sides = {answer: " and ".join(name for name, own in leaves_out.items() if own is answer) for answer in said}
     return "  padding: " + "; ".join(f"{said[answer]} {names}" for answer, names in sides.items() if names)
 

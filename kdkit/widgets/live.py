@@ -33,7 +33,7 @@ SAVE_MINUTES = 10.0
 """Between checkpoints where the config names no time: a session without a person's hand on it ends without a word."""
 _SECONDS_BETWEEN_PICTURES = 2.0
 _DRAWING_FRACTION = 0.1  # of the time at most goes into pictures
-_LINES_KEPT = 8
+_LINES_KEPT = 12
 _SMALL_WEIGHT = 0.25
 
 
