@@ -12,9 +12,9 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from transformers import GenerationMixin
 
 from kdkit.config import DistillConfig
+from kdkit.evaluation import generation
 from kdkit.training.run import run_distillation
 
 
@@ -49,7 +49,7 @@ class Reaper:
         """Count from here on; for a process that ends with the run."""
         for name in ("replace", "fsync", "unlink", "rmdir", "mkdir"):
             mock.patch.object(os, name, self.before(getattr(os, name))).start()
-        mock.patch.object(GenerationMixin, "generate", self.before(GenerationMixin.generate)).start()
+        mock.patch.object(generation, "write", self.before(generation.write)).start()
         mock.patch.object(torch, "save", self.before(torch.save)).start()
         mock.patch.object(torch.optim.AdamW, "step", self.before(torch.optim.AdamW.step)).start()
         for module in (builtins, io):

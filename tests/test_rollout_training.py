@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from kdkit.config import load_config
 from kdkit.errors import UserError
-from kdkit.evaluation import Answer
+from kdkit.evaluation import Answer, generation
 from kdkit.teacher.sources import LiveTeacher
 from kdkit.training import checkpoint
 from kdkit.training.rollout import STATE_FILE, TEXTS_FILE, build_rollout, unpack_texts
@@ -91,18 +91,14 @@ class TestMix:
     def test_a_whole_accumulation_window_is_generated_at_once(self, pair, tmp_path):
         config = mixed_config(pair, mode="on_policy", batch_size=2, accumulation=4, max_steps=2)
         trainer = build_trainer(config, tmp_path)
-        with mock.patch.object(
-            LlamaForCausalLM, "generate", autospec=True, side_effect=LlamaForCausalLM.generate
-        ) as made:
+        with mock.patch.object(generation, "write", side_effect=generation.write) as made:
             trainer.train()
         assert [call.kwargs["input_ids"].shape[0] for call in made.call_args_list] == [8, 8]
 
     def test_texts_of_steps_to_come_are_written_along_up_to_the_end_of_the_epoch(self, pair, tmp_path):
         config = mixed_config(pair, "rollout.ahead=3", mode="on_policy", max_steps=6)  # an epoch has 4 steps
         trainer = build_trainer(config, tmp_path)
-        with mock.patch.object(
-            LlamaForCausalLM, "generate", autospec=True, side_effect=LlamaForCausalLM.generate
-        ) as made:
+        with mock.patch.object(generation, "write", side_effect=generation.write) as made:
             trainer.train()
         assert [call.kwargs["input_ids"].shape[0] for call in made.call_args_list] == [24, 8, 16]
         assert [row["rollout/fresh_fraction"] for row in log_of(trainer)] == [1.0] * 6

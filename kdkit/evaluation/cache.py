@@ -35,8 +35,19 @@ class RoomyLayer(DynamicLayer):
             self._held = _room_for(key_states, self.room), _room_for(value_states, self.room)
         for held, new in zip(self._held, (key_states, value_states), strict=True):
             held[..., start:end, :] = new
-        self.keys, self.values = (held[..., :end, :] for held in self._held)
+        self._show(end)
         return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch alone."""
+        super().batch_select_indices(indices)
+        self._held = None if self._held is None else (self._held[0][indices], self._held[1][indices])
+        if self._held is not None:
+            self._show(self.get_seq_length())
+
+    def _show(self, num_tokens: int) -> None:
+        assert self._held is not None
+        self.keys, self.values = (held[..., :num_tokens, :] for held in self._held)
 
 
 def roomy_cache(model: PreTrainedModel, num_tokens: int, *, num_beams: int = 1) -> DynamicCache | None:

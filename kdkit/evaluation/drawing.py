@@ -29,16 +29,25 @@ class DrawToken(LogitsProcessor):
 
     def __call__(self, input_ids: LongTensor, scores: FloatTensor) -> FloatTensor:
         """(B, V) 0 at the token that was drawn, -inf elsewhere."""
-        scores = cast(FloatTensor, scores / self.temperature)
-        if self.nucleus is not None:
-            scores = self.nucleus(input_ids, scores)
-        drawn = self._draw(scores.softmax(-1))
-        return cast(FloatTensor, torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0))
+        every = torch.arange(len(scores), device=scores.device)
+        drawn = self.chosen(scores, rows=every, num_rows=len(scores))
+        return cast(FloatTensor, torch.full_like(scores, -torch.inf).scatter_(1, drawn[:, None], 0.0))
 
-    def _draw(self, probs: Tensor) -> Tensor:
-        """(B, 1) ids; one of probability 0 is never among them."""
-        sums = probs.cumsum(-1, dtype=torch.float64)  # (B, V); in float32 a long tail would be lost in rounding
+    def chosen(self, scores: Tensor, *, rows: Tensor, num_rows: int) -> Tensor:
+        """One token for each of some rows; what a row gets does not depend on which others are asked for.
+
+        Args:
+            scores: (b, V) of the next token.
+            rows: (b,) which of the batch's rows they are.
+            num_rows: B, of the batch.
+        Returns:
+            (b,) ids; one of probability 0 is never among them.
+        """
+        scores = scores / self.temperature
+        if self.nucleus is not None:
+            scores = self.nucleus(cast(LongTensor, rows), cast(FloatTensor, scores))  # looks at the scores alone
+        sums = scores.softmax(-1).cumsum(-1, dtype=torch.float64)  # (b, V); in float32 a long tail would be lost
         self.is_lost |= ~sums[:, -1].isfinite().all()
-        shares = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device, generator=self.generator)
+        shares = torch.rand(num_rows, 1, dtype=torch.float64, device=scores.device, generator=self.generator)[rows]
         drawn = torch.searchsorted(sums, shares * sums[:, -1:], right=True)  # the first sum above
-        return drawn.clamp_(max=probs.shape[-1] - 1)
+        return drawn[:, 0].clamp_(max=scores.shape[-1] - 1)

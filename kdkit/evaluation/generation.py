@@ -17,6 +17,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Pre
 from kdkit.data.encoding import encode_prompts
 from kdkit.errors import UserError
 from kdkit.evaluation.cache import roomy_cache
+from kdkit.evaluation.decoding import can_write, write
 from kdkit.evaluation.drawing import DrawToken
 from kdkit.runtime import generator, preserved_rng_state
 
@@ -268,16 +269,20 @@ def _answer(
 ) -> list[Answer]:
     input_ids, attention_mask = _left_padded(prompt_ids, end_ids[0])
     settings = model.generation_config
-    generate = cast(Callable[..., Tensor], model.generate)
-    output = generate(
-        input_ids=input_ids.to(model.device),
-        attention_mask=attention_mask.to(model.device),
-        past_key_values=roomy_cache(model, input_ids.shape[1] + settings.max_new_tokens, num_beams=settings.num_beams),
-        logits_processor=None if draw is None else [draw],
-    )
+    num_tokens = input_ids.shape[1] + settings.max_new_tokens
+    cache = roomy_cache(model, num_tokens, num_beams=settings.num_beams)
+    prompts = {"input_ids": input_ids.to(model.device), "attention_mask": attention_mask.to(model.device)}
+    if cache is not None and can_write(model, cache, num_tokens):
+        output = write(
+            **prompts, model=model, cache=cache, max_new_tokens=settings.max_new_tokens, end_ids=end_ids, draw=draw
+        )
+    else:
+        generate = cast(Callable[..., Tensor], model.generate)
+        processors = None if draw is None else [draw]
+        output = generate(**prompts, past_key_values=cache, logits_processor=processors)[:, input_ids.shape[1] :]
     if draw is not None and draw.is_lost:
         raise RuntimeError("a model's scores of the next token are NaN or infinite: look for such weights")
-    new_ids = output[:, input_ids.shape[1] :].cpu()  # (B, new)
+    new_ids = output.cpu()  # (B, new)
     is_end = torch.isin(new_ids, torch.tensor(end_ids))
     ended = is_end.any(dim=1)  # (B,)
     first_end = is_end.int().argmax(dim=1)
