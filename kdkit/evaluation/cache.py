@@ -40,10 +40,12 @@ class RoomyLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch alone."""
-        super().batch_select_indices(indices)
-        self._held = None if self._held is None else (self._held[0][indices], self._held[1][indices])
-        if self._held is not None:
-            self._show(self.get_seq_length())
+        if self._held is None:
+            super().batch_select_indices(indices)
+            return
+        num_tokens = self.get_seq_length()
+        self._held = self._held[0][indices], self._held[1][indices]
+        self._show(num_tokens)
 
     def _show(self, num_tokens: int) -> None:
         assert self._held is not None

@@ -25,7 +25,7 @@ def can_write(model: PreTrainedModel, cache: Cache, num_tokens: int) -> bool:
         num_tokens: of prompt and answer.
     Returns:
         True where its attention takes masks and positions as packed rows have them, all its layers keep all tokens, and
-        it is not in parts on several devices or with experts whose implementation `generate` changes.
+        it has no experts whose implementation `generate` would change.
     """
     return (
         all(type(layer) is RoomyLayer for layer in cache.layers)
