@@ -1,16 +1,20 @@
 """kdkit's own loop over tokens writes what transformers' `generate` writes."""
 
+from unittest import mock
+
 import pytest
 import torch
 from model_families import FAMILIES, tiny
 from transformers import AutoTokenizer
 
 from kdkit.config import demo_folder
-from kdkit.evaluation import GenerationSettings, generate_answers, generation
+from kdkit.evaluation import GenerationSettings, decoding, generate_answers, generation
 from kdkit.evaluation.cache import roomy_cache
 from kdkit.evaluation.decoding import can_write, write
 from kdkit.loading.heads import allow_packing
 
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 PROMPTS = ([3, 4, 5, 6, 7], [8], [9, 10, 11], [12, 13, 14, 15, 16], [17, 18])
 ENDS = list(range(20, 96, 4))
 """A quarter of what can be written, so that rows end at many places."""
@@ -58,31 +62,38 @@ class TestWrite:
             expected = model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :]
             cache = roomy_cache(model, ids.shape[1] + 12)
             assert can_write(model, cache, ids.shape[1] + 12)
-            found = write(model, ids, mask, cache, max_new_tokens=12, end_ids=ends, draw=None)
+            found = write(model, ids, attention_mask=mask, cache=cache, max_new_tokens=12, end_ids=ends, draw=None)
             assert up_to_the_end(found, ends) == up_to_the_end(expected, ends)
 
-    def test_rows_that_have_ended_are_left_out(self, batches):
+    @pytest.mark.parametrize("tokens_a_look", [1, 3, 8])
+    def test_rows_that_have_ended_are_left_out(self, batches, monkeypatch, tokens_a_look):
+        monkeypatch.setitem(decoding.TOKENS_A_LOOK, "cpu", tokens_a_look)
         model = tiny("Llama")
         allow_packing(model)
-        ids, mask = padded(PROMPTS * 4)
+        draws = torch.Generator().manual_seed(0)
+        ids, mask = padded([*torch.randint(3, 96, (20, 5), generator=draws).tolist(), [3], [4, 5]])
+        options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": ENDS, "pad_token_id": ENDS[0]}
+        expected = up_to_the_end(model.generate(ids, attention_mask=mask, **options)[:, 5:], ENDS)
         batches.clear()
-        cache = roomy_cache(model, 69)
-        found = write(model, ids, mask, cache, max_new_tokens=64, end_ids=ENDS, draw=None)
-        sizes = [rows for rows, _ in batches]
-        assert batches[0] == (20, 5)
-        assert {tokens for _, tokens in batches[1:]} == {1}
-        assert sizes == sorted(sizes, reverse=True)
-        assert sizes[-1] <= 10
-        lengths = sorted(map(len, up_to_the_end(found, ENDS)))
-        # No pass has more than twice the rows that still write.
-        for place, size in enumerate(sizes):
-            assert size < 2 * sum(length > place for length in lengths) or size == 20
+        cache = roomy_cache(model, 35)
+        found = write(model, ids, attention_mask=mask, cache=cache, max_new_tokens=30, end_ids=ENDS, draw=None)
+        assert up_to_the_end(found, ENDS) == expected
+        carried, sizes = 22, [(22, 5)]
+        for place in range(1, 30):
+            if place % tokens_a_look == 0:
+                at_work = sum(len(text) > place for text in expected)
+                carried = at_work if 2 * at_work <= carried else carried
+            if carried:
+                sizes.append((carried, 1))
+        assert batches == sizes
+        assert len(set(sizes)) >= 3
 
     def test_one_token(self):
         model = tiny("Llama")
         allow_packing(model)
         ids, mask = padded(PROMPTS)
-        found = write(model, ids, mask, roomy_cache(model, 6), max_new_tokens=1, end_ids=[95], draw=None)
+        cache = roomy_cache(model, 6)
+        found = write(model, ids, attention_mask=mask, cache=cache, max_new_tokens=1, end_ids=[95], draw=None)
         expected = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[:, -1]
         assert found[:, 0].tolist() == expected.argmax(-1).tolist()
 
@@ -94,15 +105,40 @@ class TestWhoWrites:
         allow_packing(model)
         settings = GenerationSettings(max_new_tokens=24, batch_size=3, sampling_temperature=temperature, top_p=0.9)
         monkeypatch.setattr(generation, "end_of_text_ids", lambda *_: ENDS)
-        found = generate_answers(model, tokenizer, PROMPTS, settings)
+        with mock.patch.object(generation, "write", side_effect=write) as made:
+            found = generate_answers(model, tokenizer, PROMPTS, settings)
+        assert made.call_count == 2
         monkeypatch.setattr(generation, "can_write", lambda *_: False)
         expected = generate_answers(model, tokenizer, PROMPTS, settings)
         assert found == expected
         assert len({answer.num_tokens for answer in found}) > 1
 
-    def test_models_that_were_not_tried_or_look_back_less_far_are_generates(self):
-        plain = tiny("Llama")
-        assert not can_write(plain, roomy_cache(plain, 20), 20)
-        narrow = tiny("Mistral", sliding_window=8)
-        allow_packing(narrow)
-        assert not can_write(narrow, roomy_cache(narrow, 20), 20)
+    def test_a_model_that_was_not_tried_is_generates(self):
+        model = tiny("Llama")
+        assert not can_write(model, roomy_cache(model, 20), 20)
+
+    @pytest.mark.parametrize(
+        ("family", "changes"),
+        [
+            ("Mistral", {"sliding_window": 8}),
+            ("Mistral", {"sliding_window": 64}),  # its cache has layers of another kind
+            ("Llama", {"rope_parameters": DYNAMIC}),
+            ("Gemma3Text", {"rope_parameters": {"sliding_attention": ROPE, "full_attention": DYNAMIC}}),
+            ("Phi3", {"sliding_window": None}),  # prepares its inputs in a way of its own
+        ],
+    )
+    def test_models_for_which_generate_does_more_are_its(self, family, changes):
+        model = tiny(family, **changes)
+        allow_packing(model)
+        cache = roomy_cache(model, 20)
+        assert cache is not None
+        assert not can_write(model, cache, 20)
+
+    def test_experts_on_a_card_are_generates_which_runs_them_otherwise(self):
+        model = tiny("Mixtral", sliding_window=None)
+        allow_packing(model)
+        cache = roomy_cache(model, 20)
+        with mock.patch.object(type(model), "get_experts_implementation", return_value={"": "grouped_mm"}):
+            assert can_write(model, cache, 20)
+            with mock.patch.object(type(model), "device", torch.device("cuda")):
+                assert not can_write(model, cache, 20)

@@ -51,6 +51,21 @@ class TestRoomyCache:
             for expected, found in zip(theirs.update(*new), ours.update(*new), strict=True):
                 assert torch.equal(found, expected)
 
+    @pytest.mark.parametrize("lengths", [(5, 1), (5, 3)], ids=["within the room", "beyond it"])
+    def test_rows_can_be_left_out(self, lengths) -> None:
+        theirs, ours = DynamicLayer(), RoomyLayer(room=6)
+        for length in lengths:
+            new = torch.randn(4, 3, length, 4), torch.randn(4, 3, length, 4)
+            theirs.update(*new)
+            ours.update(*new)
+        for layer in (theirs, ours):
+            layer.batch_select_indices(torch.tensor([0, 3]))
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
+        new = torch.randn(2, 3, 1, 4), torch.randn(2, 3, 1, 4)
+        for expected, found in zip(theirs.update(*new), ours.update(*new), strict=True):
+            assert torch.equal(found, expected)
+
     def test_layers_of_another_kind_stay(self) -> None:
         sliding = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
         model = Qwen2ForCausalLM(Qwen2Config(**SIZES, **sliding))

@@ -30,6 +30,7 @@ class RoomyLayer(DynamicLayer):
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         if end > self.room:
+            self._held = None
             return super().update(key_states, value_states, *args, **kwargs)
         if self._held is None:
             self._held = _room_for(key_states, self.room), _room_for(value_states, self.room)

@@ -4,16 +4,21 @@ transformers' `generate` does more at every token than most models need: it make
 far, and carries rows that have ended along until the last one has. On a small model that takes as long as the model.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 
 from kdkit.evaluation.cache import RoomyLayer
 from kdkit.evaluation.drawing import DrawToken
 from kdkit.loading.backbone import takes_packed_rows
 
-TOKENS_A_LOOK = 8
-"""After as many tokens a card is asked which rows have ended, for which it must have caught up; a CPU after each."""
+TOKENS_A_LOOK = {"cpu": 1}
+TOKENS_A_LOOK_ELSEWHERE = 8
+"""After as many tokens is it asked which rows have ended: a card must have caught up for that."""
+CHANGING_ROPES = frozenset({"dynamic", "longrope"})
+"""Rotary embeddings that depend on the longest row of a batch."""
 
 
 def can_write(model: PreTrainedModel, cache: Cache, num_tokens: int) -> bool:
@@ -24,29 +29,38 @@ def can_write(model: PreTrainedModel, cache: Cache, num_tokens: int) -> bool:
         cache: of `kdkit.evaluation.cache.roomy_cache`.
         num_tokens: of prompt and answer.
     Returns:
-        True where its attention takes masks and positions as packed rows have them, all its layers keep all tokens, and
-        it has no experts whose implementation `generate` would change.
+        True where its attention takes masks and positions as packed rows have them, all its layers keep all tokens, a
+        row depends on no other one, and `generate` would do nothing of the model's own or change how its experts run.
     """
     return (
-        all(type(layer) is RoomyLayer for layer in cache.layers)
+        type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
+        and not CHANGING_ROPES & _rope_types(model)
+        and all(type(layer) is RoomyLayer for layer in cache.layers)
         and takes_packed_rows(model, num_tokens)
         and model._supports_logits_to_keep()
         and (model.device.type == "cpu" or "grouped_mm" not in model.get_experts_implementation().values())
     )
 
 
+def _rope_types(model: PreTrainedModel) -> set[str]:
+    """Of all its layers."""
+    given = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    by_layer = [own for own in (given, *given.values()) if isinstance(own, Mapping)]
+    return {str(own["rope_type"]) for own in by_layer if "rope_type" in own}
+
+
 @torch.no_grad()
 def write(
     model: PreTrainedModel,
     input_ids: Tensor,
+    *,
     attention_mask: Tensor,
     cache: Cache,
-    *,
     max_new_tokens: int,
     end_ids: list[int],
     draw: DrawToken | None,
 ) -> Tensor:
-    """The answers of a batch; rows that have ended are left out as soon as they are half of those at work.
+    """The answers of a batch; once at most half of the rows carried still write, the others are left out.
 
     Args:
         model: one that `can_write`, in evaluation mode.
@@ -68,6 +82,7 @@ def write(
     seen = torch.cat([attention_mask.bool(), attention_mask.new_ones(batch, max_new_tokens).bool()], 1)[:, None, None]
     tokens, mask = input_ids, attention_mask if is_padded else None
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (b, T), later (b, 1)
+    tokens_a_look = TOKENS_A_LOOK.get(device.type, TOKENS_A_LOOK_ELSEWHERE)
     for column in range(max_new_tokens):
         output = model(
             input_ids=tokens,
@@ -82,7 +97,7 @@ def write(
         written[rows, column] = chosen
         ended = ended | torch.isin(chosen, ends)
         tokens, positions = chosen[:, None], positions[:, -1:] + 1
-        if device.type == "cpu" or (column + 1) % TOKENS_A_LOOK == 0:
+        if (column + 1) % tokens_a_look == 0 and column + 1 < max_new_tokens:
             at_work = (~ended).nonzero()[:, 0]
             if not len(at_work):
                 return written[:, : column + 1]

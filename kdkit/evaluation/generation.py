@@ -269,13 +269,12 @@ def _answer(
 ) -> list[Answer]:
     input_ids, attention_mask = _left_padded(prompt_ids, end_ids[0])
     settings = model.generation_config
-    num_tokens = input_ids.shape[1] + settings.max_new_tokens
-    cache = roomy_cache(model, num_tokens, num_beams=settings.num_beams)
+    room = input_ids.shape[1] + settings.max_new_tokens
+    cache = roomy_cache(model, room, num_beams=settings.num_beams)
     prompts = {"input_ids": input_ids.to(model.device), "attention_mask": attention_mask.to(model.device)}
-    if cache is not None and can_write(model, cache, num_tokens):
-        output = write(
-            **prompts, model=model, cache=cache, max_new_tokens=settings.max_new_tokens, end_ids=end_ids, draw=draw
-        )
+    if cache is not None and can_write(model, cache, room):
+        most = settings.max_new_tokens
+        output = write(model, **prompts, cache=cache, max_new_tokens=most, end_ids=end_ids, draw=draw)
     else:
         generate = cast(Callable[..., Tensor], model.generate)
         processors = None if draw is None else [draw]
@@ -287,8 +286,8 @@ def _answer(
     ended = is_end.any(dim=1)  # (B,)
     first_end = is_end.int().argmax(dim=1)
     # By position, never by id: padding is itself an end-of-text token.
-    num_tokens = torch.where(ended, first_end + 1, new_ids.shape[1]).tolist()
-    token_ids = [row[:count] for row, count in zip(new_ids.tolist(), num_tokens, strict=True)]
+    lengths = torch.where(ended, first_end + 1, new_ids.shape[1]).tolist()
+    token_ids = [row[:length] for row, length in zip(new_ids.tolist(), lengths, strict=True)]
     texts = tokenizer.batch_decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return [Answer(text, tuple(ids), end) for text, ids, end in zip(texts, token_ids, ended.tolist(), strict=True)]
 

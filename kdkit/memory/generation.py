@@ -1,6 +1,6 @@
 """What answering takes: the prompt's pass and the last of the new tokens, with the cache that it reads.
 
-`generate` looks at values between tokens, so no fake tensor passes through it; what it allocates is all here.
+Writing looks at values between tokens, so no fake tensor passes through it; what it allocates is all here.
 """
 
 import inspect
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 @torch.no_grad()
 def answer(model: PreTrainedModel, num_rows: int, prompt_tokens: int, new_tokens: int) -> None:
-    """The passes of `generate` that allocate the most.
+    """The passes that allocate the most, in kdkit's own loop as in `generate`.
 
     Args:
         model: in evaluation mode.
