@@ -4,6 +4,9 @@ Forward and backward from a given cost, float32, gamma 0.1, against the fastest 
 with two threads, which is what a user waits, and the processor with one, which other work on the machine disturbs less.
 Two orders: all solvers by turns, where each finds the caches and the allocator as the others left them and ratios are
 taken round by round; and each solver's rounds in a row, of which the medians count. pysdtw's recursion is in float64.
+
+What training calls is the whole divergence from states (`alignment_loss`, cosine costs): against the same of the faster
+peer, with its three soft-DTWs and the costs as one would write them.
 """
 
 import statistics
@@ -16,10 +19,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 from readme_table import Row, show
 from torch import Tensor
 
+from kdkit.losses.alignment import alignment_loss
 from kdkit.softdtw import soft_dtw
 
 pytest.importorskip("numba")
@@ -28,6 +33,8 @@ GAMMA, BAND = 0.1, 32
 SHAPES = ((8, 128), (8, 256), (8, 512), (4, 1024))
 CASES = [(batch, side, band) for band in (None, BAND) for batch, side in SHAPES]
 ROUNDS = 15
+STATES = ((32, 48, 512), (8, 192, 512), (2, 768, 512))
+"""Rows, words of each and width of what the divergence compares."""
 Solver = Callable[[Tensor], Tensor]
 
 
@@ -109,6 +116,18 @@ def ratio(batch: int, side: int, band: int | None, way: Way) -> float:
     return statistics.median(min(times[name] for name in PEERS) / times["native"] for times in rounds)
 
 
+def divergence(solver: Solver, student: Tensor, teacher: Tensor) -> Tensor:
+    """Of a peer's soft-DTW, from states."""
+    x, y = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    cross, own_x, own_y = (solver(1 - a @ b.mT, BAND) for a, b in ((x, y), (x, x), (y, y)))
+    return (cross - (own_x + own_y) / 2).sum()
+
+
+def ours(student: Tensor, teacher: Tensor) -> Tensor:
+    """The same, and what a run logs of the alignment besides."""
+    return alignment_loss(student, teacher, None, None, gamma=GAMMA, band=BAND, normalize="none").per_sample.sum()
+
+
 @pytest.mark.benchmark(group="softdtw-peers")
 class TestAgainstPeers:
     def test_is_several_times_as_fast_at_every_shape(self, benchmark: BenchmarkFixture, way: str) -> None:
@@ -133,6 +152,43 @@ class TestAgainstPeers:
         show(benchmark, Row("soft-DTW from costs", at, "the faster of pysdtw and tslearn", measured))
         assert min(found.values()) >= WAYS[way].least
         assert mean >= WAYS[way].mean
+
+    @pytest.mark.parametrize("way", ["wall, 2 threads"], indirect=True)
+    def test_the_divergence_from_states(self, benchmark: BenchmarkFixture, way: str) -> None:
+        for package in PEERS:
+            pytest.importorskip(package)
+        clock = WAYS[way].clock
+
+        def seconds(name: str, student: Tensor, teacher: Tensor) -> float:
+            begin = clock()
+            value = ours(student, teacher) if name == "kdkit" else divergence(PEERS[name], student, teacher)
+            torch.autograd.grad(value, student)
+            return clock() - begin
+
+        def measure() -> dict[str, float]:
+            found = {}
+            for shape in STATES:
+                draws = torch.Generator().manual_seed(0)
+                student, teacher = (torch.randn(shape, generator=draws) for _ in range(2))
+                student.requires_grad_()
+                for solver in PEERS.values():
+                    torch.testing.assert_close(
+                        divergence(solver, student, teacher), ours(student, teacher), rtol=1e-3, atol=1e-2
+                    )
+                rounds = [
+                    {name: seconds(name, student, teacher) for name in ("kdkit", *PEERS)} for _ in range(ROUNDS + 2)
+                ][2:]
+                ratios = [min(times[name] for name in PEERS) / times["kdkit"] for times in rounds]
+                found["x".join(map(str, shape))] = round(statistics.median(ratios), 1)
+            return found
+
+        found = benchmark.pedantic(measure, rounds=1)
+        benchmark.extra_info["fastest_peer_over_kdkit"] = found
+        mean = statistics.geometric_mean(found.values())
+        measured = f"{mean:.1f} x as fast (geometric mean; {min(found.values()):.1f} to {max(found.values()):.1f})"
+        at = f"32x48 to 2x768 words, width 512, band {BAND}; {way}"
+        show(benchmark, Row("soft-DTW divergence from states", at, "with the faster of pysdtw and tslearn", measured))
+        assert min(found.values()) >= 1.5
 
     @pytest.mark.parametrize(("batch", "side"), SHAPES[2:])
     def test_a_band_needs_at_most_1_3_cost_matrices_of_extra_memory(
