@@ -103,12 +103,12 @@ def packed_states(model: PreTrainedModel, input_ids: Tensor, rows: PackedRows, *
     )
 
 
-def takes_packed_rows(model: PreTrainedModel, width: int) -> bool:
+def takes_packed_rows(model: PreTrainedModel, width: int = 1) -> bool:
     """Whether rows of so many places can be packed: attention that looks back less far would need its own mask.
 
     Args:
         model: as `load_model` leaves it, which tries it.
-        width: T
+        width: T; 1 asks of the shortest rows.
     Returns:
         Whether `backbone_states` leaves padding out where there is enough of it.
     """

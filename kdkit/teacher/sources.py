@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from kdkit.data.batch import Batch, teacher_view
 from kdkit.errors import UserError
 from kdkit.loading import ModelShape, States, backbone_states, head_of, inside_of, output_flags, shape_of
+from kdkit.loading.backbone import takes_packed_rows
 from kdkit.teacher.cross import CrossSignal
 from kdkit.teacher.experts import capture_block_inputs, find_moe_blocks, unit_experts
 from kdkit.teacher.signal import NO_VIEWS, DenseSignal, Features, LiveSignal, TeacherSignal, UnitExperts, Views
@@ -118,6 +119,14 @@ class LiveTeacher:
             )
         return asked
 
+    def leaves_padding_out(self, views: Views) -> bool:
+        """Whether its passes may: not where whole rows are read, as for its own logits or, place by place, its experts.
+
+        Args:
+            views: what is asked for of the teacher's inside.
+        """
+        return not self.dense and views.experts is None and takes_packed_rows(self.model)
+
     def _see(self, read: Batch, views: Views) -> tuple[States, Tensor | None]:
         """The teacher's states, and its own logits (M, W) where its head cannot be had apart.
 
@@ -126,8 +135,7 @@ class LiveTeacher:
         device = self.model.device
         input_ids = read["input_ids"].to(device)
         if not self.dense:
-            # What the routing term knows of experts is read by hooks, place by place.
-            tokens = None if views.experts is not None else read["tokens"].to(device)
+            tokens = read["tokens"].to(device) if self.leaves_padding_out(views) else None
             return backbone_states(self.model, input_ids, None, views=views, tokens=tokens), None
         flags = output_flags(views) | {"output_hidden_states": True}
         output = self.model(input_ids=input_ids, use_cache=False, **flags)

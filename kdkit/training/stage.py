@@ -21,6 +21,7 @@ from kdkit.loading.backbone import takes_packed_rows
 from kdkit.losses.blocks import fastest_backend as losses_backend
 from kdkit.runtime import seed_everything
 from kdkit.softdtw import fastest_backend
+from kdkit.teacher.signal import Views
 from kdkit.teacher.sources import LiveTeacher, TeacherSource
 from kdkit.training import checkpoint, rollout
 from kdkit.training.arguments import num_warmup_steps, training_arguments
@@ -155,9 +156,10 @@ def describe_stage(config: DistillConfig, inputs: StageInputs, num_steps: int, r
     optim, warmup = config.optim, num_warmup_steps(config, num_steps)
     processes = _num_processes()
     rows = optim.batch_size * optim.accumulation * processes
+    objective = Objective(config.objective, across=inputs.across)
     terms = ", ".join(
         f"{term.name} {term.schedule.start:g}" + ("" if term.schedule.is_constant else f"..{term.schedule.end:g}")
-        for term in Objective(config.objective, across=inputs.across).terms
+        for term in objective.terms
     )
     lines = [
         f"stage {name}: {num_steps} optimizer steps, warm-up {warmup} ({warmup / num_steps:.0%}), "
@@ -171,7 +173,7 @@ def describe_stage(config: DistillConfig, inputs: StageInputs, num_steps: int, r
     lines.append("  losses: backend {}: {}".format(*losses_backend(_device())))
     if config.objective.weights["dtw"].largest > 0:
         lines.append("  soft-DTW: backend {}: {}".format(*fastest_backend(_device())))
-    lines.append(_describe_padding(config, inputs))
+    lines.append(_describe_padding(inputs, objective.views))
     if config.student.lora is not None:
         student = describe_model(inputs.student)
         share = student.num_trainable_parameters / student.num_parameters
@@ -187,13 +189,11 @@ def describe_stage(config: DistillConfig, inputs: StageInputs, num_steps: int, r
     return "\n".join(lines)
 
 
-def _describe_padding(config: DistillConfig, inputs: StageInputs) -> str:
+def _describe_padding(inputs: StageInputs, views: Views) -> str:
     """Whose passes leave padding out: of rows within the model's window, where a batch has enough of it."""
-    teacher = inputs.teacher
-    leaves_out = {"student": not inputs.dense_student and takes_packed_rows(inputs.student, 1)}
-    if isinstance(teacher, LiveTeacher):
-        keeps_places = teacher.dense or config.objective.weights["routing"].largest > 0
-        leaves_out["teacher"] = not keeps_places and takes_packed_rows(teacher.model, 1)
+    leaves_out = {"student": not inputs.dense_student and takes_packed_rows(inputs.student)}
+    if isinstance(inputs.teacher, LiveTeacher):
+        leaves_out["teacher"] = inputs.teacher.leaves_padding_out(views)
     said = {True: "left out, where that pays, by", False: "kept by"}
     sides = {answer: " and ".join(name for name, own in leaves_out.items() if own is answer) for answer in said}
     return "  padding: " + "; ".join(f"{said[answer]} {names}" for answer, names in sides.items() if names)
